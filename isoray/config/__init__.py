@@ -1,0 +1,1 @@
+"""Configuration: pydantic models, YAML files with overrides, search spaces."""
