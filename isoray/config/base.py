@@ -17,9 +17,19 @@ import json
 import pkgutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, cast
 
-from pydantic import BaseModel, ConfigDict, GetCoreSchemaHandler, GetJsonSchemaHandler, SerializeAsAny
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+    SerializeAsAny,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
 
@@ -30,9 +40,48 @@ class Config(BaseModel):
         frozen=True, extra="forbid", use_attribute_docstrings=True, validate_default=True, protected_namespaces=()
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_field_defaults(cls, value: Any) -> Any:
+        """A mapping given for a field that has a Config as its default changes that default, key by key.
+
+        So ``optimizer: {lr: 1.0e-3}`` keeps the field's default kind and settings; another ``kind`` starts afresh.
+        """
+        if not isinstance(value, Mapping):
+            return value
+        filled = dict(value)
+        for name, field in cls.model_fields.items():
+            given, default = filled.get(name), default_config(field)
+            if default is None or not isinstance(given, Mapping):
+                continue
+            kind = getattr(default, "kind", None)
+            if given.get("kind", kind) == kind:
+                kept = default.model_dump(exclude_unset=True) | ({} if kind is None else {"kind": kind})
+                filled[name] = _merged(kept, given)
+        return filled
+
     def digest(self) -> str:
         """The first 12 hex digits of the SHA-256 of the resolved config as canonical JSON."""
         return digest_of(self.model_dump(mode="json"))
+
+
+def default_config(field: FieldInfo) -> Config | None:
+    """The Config that a field of a Config holds when nothing is given for it; None when its default is no Config."""
+    if field.default_factory_takes_validated_data:
+        return None
+    default = field.get_default(call_default_factory=True)
+    return default if isinstance(default, Config) else None
+
+
+def _merged(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    result = dict(kept)
+    for key, value in given.items():
+        old = result.get(key)
+        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
+            result[key] = _merged(old, value)
+        else:
+            result[key] = value
+    return result
 
 
 def digest_of(value: object) -> str:
@@ -41,13 +90,45 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(canonical.encode()).hexdigest()[:12]
 
 
+def close_to(name: str, choices: Iterable[str]) -> list[str]:
+    """At most three of ``choices`` that ``name`` may have meant."""
+    return difflib.get_close_matches(name, list(choices), n=3, cutoff=0.6)
+
+
 def nearest(name: str, choices: Iterable[str]) -> str:
     """A hint that names the closest choices, or all of them: ``did you mean 'adam'?`` / ``one of: a, b``."""
     known = sorted(choices)
-    close = difflib.get_close_matches(name, known, n=3, cutoff=0.6)
+    close = close_to(name, known)
     if close:
         return "did you mean " + " or ".join(repr(c) for c in close) + "?"
     return "one of: " + ", ".join(known) if known else "none is known here"
+
+
+def missing_path(path: str | Path) -> str:
+    """What to say of a path that does not exist: where it stops existing, and the nearest names there."""
+    wanted = Path(path).absolute()
+    parent = wanted
+    while not parent.exists():
+        wanted, parent = parent, parent.parent
+    if not parent.is_dir():
+        return f"{str(path)!r} does not exist: {parent} is a file"
+    entries = [entry.name for entry in parent.iterdir()]
+    hint = nearest(wanted.name, entries) if len(entries) <= 20 or close_to(wanted.name, entries) else ""
+    return f"{str(path)!r} does not exist: {parent} has no {wanted.name!r}" + (f"; {hint}" if entries and hint else "")
+
+
+def _check_exists(path: str) -> str:
+    if "://" not in path and not Path(path).exists():
+        raise PydanticCustomError("path_missing", "{message}", {"message": missing_path(path)})
+    return path
+
+
+ExistingPath = Annotated[str, AfterValidator(_check_exists)]
+"""The type of a config field that names a file or folder that must exist (or a URI, which is not looked at).
+
+Relative paths hang on the current folder and stay as they are written, so that a config's digest is the same on every
+machine; make them absolute before handing them to another process.
+"""
 
 
 class Component:
@@ -102,12 +183,16 @@ def find_component(package: str, kind: str) -> type[Component]:
     """
     if ":" in kind:
         module_name, _, class_name = kind.partition(":")
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise LookupError(f"{kind!r} is not of the form package.module:Class")
         try:
             found = getattr(importlib.import_module(module_name), class_name)
         except (ImportError, AttributeError) as error:
             raise LookupError(f"{kind!r} cannot be loaded: {error}") from error
         if not (inspect.isclass(found) and issubclass(found, Component)):
             raise LookupError(f"{kind!r} is not a Component class")
+        if inspect.isabstract(found):
+            raise LookupError(f"{kind!r} is an abstract class: it lacks methods that its base demands")
         return found
     module_name = f"{package}.{kind}"
     if kind.isidentifier() and importlib.util.find_spec(module_name) is not None:
@@ -138,10 +223,13 @@ class Slot:
         )
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        options = []
-        for kind in kinds(self.package):
+        known = kinds(self.package)
+        options: list[dict[str, Any]] = [{"enum": known}] if known else []
+        for kind in known:
             config = find_component(self.package, kind).Config
             options.append(handler(config.__pydantic_core_schema__))
+        outside = {"kind": {"type": "string", "pattern": ":"}}
+        options.append({"type": "object", "properties": outside, "required": ["kind"]})
         return {"anyOf": options, "description": f"a component of {self.package}, chosen by its kind"}
 
     def _resolve(self, value: object) -> Component.Config:

@@ -1,0 +1,176 @@
+"""The command line: ``isoray run | report | schema | doctor``.
+
+Nothing heavy is imported here: each verb imports what it needs, so that ``isoray --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from isoray.errors import IsorayError, UserError
+
+if TYPE_CHECKING:
+    from isoray.config.load import Loaded
+
+MOST_METRICS = 24
+"""Rows of the table at the end of a run; results.json has them all."""
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="What training data does to a language model, as jobs on a Ray cluster.",
+)
+
+
+@app.command()
+def run(
+    config: Annotated[str, typer.Argument(help="A config file, or the name of a stock config.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Overrides.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default: one named after recipe and config.")] = None,
+    address: Annotated[str | None, typer.Option(help="A Ray cluster. Default: a local one is started.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
+) -> None:
+    """Run the recipe of a config file; run the same command again to go on where it stopped."""
+    from isoray.config.load import load
+    from isoray.recipes.base import Recipe
+
+    _find_code_here()
+    loaded = load(config, overrides or [])
+    if not issubclass(loaded.recipe, Recipe):
+        raise UserError(f"{config}: kind: {loaded.config.kind!r} is not a recipe; expected a subclass of Recipe")
+    if dry_run:
+        _print_config(loaded)
+        return
+    from isoray.report import build
+    from isoray.run import Run
+
+    if loaded.search:
+        typer.echo(f"note: `search:` of {config} is not used by `isoray run`: the config runs as it stands", err=True)
+    folder = out or default_folder(loaded)
+    with Run.open(folder, loaded.config, recipe=loaded.recipe.kind, address=address) as opened:
+        typer.echo(f"run {loaded.config.digest()} in {folder}", err=True)
+        Recipe.build(loaded.config).run(opened)
+        report_file = build(opened.folder)
+    _print_results(opened.folder)
+    typer.echo(f"report: {report_file}")
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Write the report of a run again."""
+    from isoray.report import build
+
+    if not (folder / "results.json").is_file():
+        from isoray.config.base import missing_path
+
+        what = "has no results.json: expected the folder of a finished run" if folder.is_dir() else missing_path(folder)
+        raise UserError(f"{folder}: {what}")
+    _find_code_here()
+    typer.echo(f"report: {build(folder)}")
+
+
+@app.command()
+def schema(kind: Annotated[str | None, typer.Argument(help="A recipe. Default: all of them.")] = None) -> None:
+    """Print the JSON Schema of config files, for editors."""
+    import json
+
+    from isoray.config.schema import schema as schema_of
+
+    _find_code_here()
+    typer.echo(json.dumps(schema_of(kind), indent=1))
+
+
+@app.command()
+def doctor(
+    address: Annotated[str | None, typer.Option(help="A Ray cluster. Default: a local one is started.")] = None,
+    ray: Annotated[bool, typer.Option(help="Ask Ray what it sees.")] = True,
+) -> None:
+    """Say what is installed, how fast this machine is, what is missing and how to get it."""
+    from isoray.doctor import examine
+
+    examine(address=address, with_ray=ray)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit status."""
+    with border():
+        app(list(arguments) if arguments is not None else None)
+
+
+@contextmanager
+def border() -> Iterator[None]:
+    """Turn what was raised inside into an exit status: our errors are told in one message, others are bugs.
+
+    0 done; 1 a bug; 2 config or input at fault; 3 refused by policy; 4 the numbers broke down; 5 infrastructure, safe to
+    run again; 130 interrupted.
+    """
+    try:
+        yield
+    except IsorayError as error:
+        _leave(error, error.exit_status)
+    except OSError as error:
+        from isoray.run import storage_error
+
+        told = storage_error(error)
+        if told is None:
+            raise
+        _leave(told, told.exit_status)
+
+
+def _leave(error: IsorayError, status: int) -> None:
+    sys.stdout.flush()
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    sys.exit(status)
+
+
+def default_folder(loaded: Loaded) -> Path:
+    """``<storage.path>/<kind>-<config name>-<digest>``."""
+    from isoray.recipes.base import Recipe
+
+    assert isinstance(loaded.config, Recipe.Config)
+    name = f"{loaded.recipe.kind}-{loaded.name}-{loaded.config.digest()}"
+    return Path(loaded.config.storage.path) / name
+
+
+def _find_code_here() -> None:
+    """Let ``kind: my_module:MyClass`` find code in the current folder; last, so that it hides nothing installed."""
+    here = str(Path.cwd())
+    if here not in sys.path and "" not in sys.path:
+        sys.path.append(here)
+
+
+def _print_config(loaded: Loaded) -> None:
+    import yaml
+
+    sections: dict[str, Any] = loaded.config.model_dump(mode="json")
+    if loaded.search:
+        sections["search"] = {path: dimension.model_dump() for path, dimension in loaded.search.items()}
+    typer.echo(f"# digest: {loaded.config.digest()}")
+    typer.echo(yaml.safe_dump(sections, sort_keys=False, allow_unicode=True, width=120).rstrip())
+
+
+def _print_results(folder: Path) -> None:
+    import json
+
+    from rich.console import Console
+    from rich.table import Table
+
+    metrics = json.loads((folder / "results.json").read_text(encoding="utf-8"))["metrics"]
+    table = Table("metric", "value", box=None, pad_edge=False)
+    table.columns[1].justify = "right"
+    for name, value in list(metrics.items())[:MOST_METRICS]:
+        table.add_row(name, f"{value:.4g}" if isinstance(value, int | float) else "not a number")
+    Console().print(table)
+    if len(metrics) > MOST_METRICS:
+        typer.echo(f"... and {len(metrics) - MOST_METRICS} more in results.json")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,161 @@
+"""Writing block stores: each shard appears in one rename, the manifest last."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from isoray.corpora.manifest import MANIFEST, Manifest, ShardReport
+from isoray.corpora.store import IGNORED, Block, BlockStore, content_digest
+
+TOKENS_PER_SHARD = 1 << 24
+
+
+def write_shard(
+    folder: Path,
+    number: int,
+    *,
+    tokens: npt.NDArray[Any],
+    offsets: npt.NDArray[np.int64],
+    starts: npt.NDArray[np.int64],
+    labels: npt.NDArray[np.bool_] | None = None,
+    vocab_size: int,
+) -> ShardReport:
+    """Write shard ``number`` of the store in ``folder``; it appears in one rename.
+
+    ``tokens`` [T] integers; ``offsets`` [blocks + 1]; ``starts``: sorted positions in ``tokens`` at which a segment
+    other than a block's first starts; ``labels`` bool [T], or None for "all but the first token of each segment".
+    The first token of a segment never carries a label.
+    """
+    tokens = tokens.astype(token_dtype(vocab_size), copy=False)
+    firsts = np.union1d(offsets[:-1][np.diff(offsets) > 0], starts)
+    mask = np.ones(len(tokens), np.bool_) if labels is None else labels.copy()
+    mask[firsts] = False
+    if labels is not None and mask.sum() == len(tokens) - len(firsts):
+        labels = None
+    counts = np.add.reduceat(np.append(mask, False), offsets[:-1], dtype=np.int64) if len(offsets) > 1 else offsets[:0]
+    counts = np.where(np.diff(offsets) > 0, counts, 0).astype(np.int32)
+    arrays = {"tokens": tokens, "offsets": offsets, "starts": starts, "label_counts": counts}
+    if labels is not None:
+        arrays["labels"] = mask
+    final = folder / f"shard-{number:05d}"
+    with atomic_folder(final) as scratch:
+        for name, array in arrays.items():
+            np.save(scratch / f"{name}.npy", array)
+        report = ShardReport(
+            folder=final.name,
+            blocks=len(offsets) - 1,
+            tokens=len(tokens),
+            label_tokens=int(mask.sum()),
+            segments=len(firsts),
+            digest=content_digest(tokens, offsets, starts, None if labels is None else mask),
+            bytes={f"{name}.npy": (scratch / f"{name}.npy").stat().st_size for name in arrays},
+        )
+        (scratch / "shard.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+    return report
+
+
+def read_shard_report(folder: Path, number: int) -> ShardReport | None:
+    """What shard ``number`` holds when it is already complete, else None."""
+    path = folder / f"shard-{number:05d}" / "shard.json"
+    return ShardReport.model_validate_json(path.read_text(encoding="utf-8")) if path.exists() else None
+
+
+def commit_store(folder: Path, shards: Sequence[ShardReport], **fields: Any) -> BlockStore:
+    """Write the manifest over complete ``shards`` (with the Manifest's other ``fields``) and open the store."""
+    digest = hashlib.sha256("".join(shard.digest for shard in shards).encode()).hexdigest()
+    manifest = Manifest(
+        digest=digest,
+        blocks=sum(shard.blocks for shard in shards),
+        tokens=sum(shard.tokens for shard in shards),
+        label_tokens=sum(shard.label_tokens for shard in shards),
+        segments=sum(shard.segments for shard in shards),
+        shards=tuple(shards),
+        **fields,
+    )
+    scratch = folder / f".{MANIFEST}.{uuid.uuid4().hex}"
+    scratch.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False), encoding="utf-8")
+    os.replace(scratch, folder / MANIFEST)
+    return BlockStore.open(folder)
+
+
+def write_store(
+    folder: str | Path,
+    blocks: Iterable[Block],
+    *,
+    name: str,
+    vocab_size: int,
+    documents: int | None = None,
+    tokens_per_shard: int = TOKENS_PER_SHARD,
+    **fields: Any,
+) -> BlockStore:
+    """Write ``blocks`` as a complete store and open it; memory stays bounded by one shard.
+
+    ``documents`` is the number of segments unless given; ``fields`` are further fields of the Manifest.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True)
+    shards: list[ShardReport] = []
+    pending: list[Block] = []
+    tokens = 0
+    for block in blocks:
+        pending.append(block)
+        tokens += len(block.input_ids)
+        if tokens >= tokens_per_shard:
+            shards.append(_write_blocks(folder, len(shards), pending, vocab_size))
+            pending, tokens = [], 0
+    if pending:
+        shards.append(_write_blocks(folder, len(shards), pending, vocab_size))
+    fields["documents"] = sum(shard.segments for shard in shards) if documents is None else documents
+    return commit_store(folder, shards, name=name, **fields)
+
+
+def _write_blocks(folder: Path, number: int, blocks: Sequence[Block], vocab_size: int) -> ShardReport:
+    segments = np.concatenate([block.segment_ids for block in blocks])
+    offsets = np.cumsum([0] + [len(block.input_ids) for block in blocks], dtype=np.int64)
+    changes = np.flatnonzero(np.diff(segments, prepend=segments[:1]) != 0)
+    return write_shard(
+        folder,
+        number,
+        tokens=np.concatenate([block.input_ids for block in blocks]),
+        offsets=offsets,
+        starts=np.setdiff1d(changes, offsets),
+        labels=np.concatenate([block.labels for block in blocks]) != IGNORED,
+        vocab_size=vocab_size,
+    )
+
+
+def token_dtype(vocab_size: int) -> npt.DTypeLike:
+    """The smallest unsigned type that holds every token id: uint16 or uint32."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+@contextlib.contextmanager
+def atomic_folder(final: Path) -> Iterator[Path]:
+    """A scratch folder that becomes ``final`` in one rename when the body ends, and vanishes when it fails.
+
+    When another attempt at the same work was faster, ``final`` stays as that attempt left it.
+    """
+    scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    scratch.mkdir(parents=True)
+    try:
+        yield scratch
+        try:
+            scratch.rename(final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)

@@ -1,0 +1,1 @@
+"""Objectives: one file per loss, and ``reduce.py`` with the only masked reductions."""

@@ -1,0 +1,60 @@
+"""Settings of one training."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from isoray.config.base import Config
+from isoray.training.optim import AdamConfig, OptimizerConfig, ScheduleConfig
+
+
+class TrainingConfig(Config):
+    """How a model is trained: length, batches, optimizer, precision, parallelism."""
+
+    steps: PositiveInt | None = None
+    """Optimizer steps; give this or `epochs`."""
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    """Passes over the data; give this or `steps`."""
+    batch_size: PositiveInt = 8
+    """Blocks (rows) per optimizer step, over all workers."""
+    micro_batch_tokens: PositiveInt = 8192
+    """Most padded tokens of one forward pass of one worker; a batch above it is accumulated."""
+    micro_batch_rows: PositiveInt | None = None
+    """Most rows of one forward pass of one worker, where memory per row matters more than per token."""
+    optimizer: OptimizerConfig = AdamConfig()
+    """The optimizer and its learning rate."""
+    schedule: ScheduleConfig = ScheduleConfig()
+    """The learning-rate schedule."""
+    clip_norm: Annotated[float, Field(gt=0)] | None = None
+    """Clip the norm of the whole gradient; none = no clipping."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast of the forward pass, weights and optimizer stay as they are (needs bf16 units to be fast)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """`torch.compile` of the decoder blocks."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several workers: replicate the model (`ddp`) or shard it (`fsdp`, FSDP2)."""
+    evaluate_every: PositiveInt | None = None
+    """Evaluate the named sets every so many steps, and at the end; none = only at the end."""
+    checkpoint_every: PositiveInt | None = None
+    """Write a resumable checkpoint every so many steps; none = none."""
+    keep_checkpoints: PositiveInt = 1
+    """Complete checkpoints kept."""
+    log_every: PositiveInt = 10
+    """Log loss, gradient norm and throughput every so many steps."""
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainingConfig:
+        if (self.steps is None) == (self.epochs is None):
+            raise ValueError("give either `steps` or `epochs`, not both and not neither")
+        return self
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole training, at least 1."""
+        if self.steps is not None:
+            return self.steps
+        assert self.epochs is not None
+        return max(1, round(self.epochs * steps_per_epoch))

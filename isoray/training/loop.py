@@ -1,0 +1,257 @@
+"""The one training loop.
+
+It is a generator of :class:`Step` events: a Ray Train worker, a warm lane or a test drains it. It does not know Ray.
+Each optimizer step minimises ``sum over terms of coefficient * sum / count`` with counts taken over all micro-batches
+of all ranks. Which blocks step k sees is a pure function of (seed, k, data), so resuming means starting at k.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from isoray.config.base import digest_of
+from isoray.corpora.stream import BlockStream
+from isoray.errors import NumericError
+from isoray.objectives.base import Objective
+from isoray.objectives.reduce import Batch
+from isoray.training.batching import Layout, MicroBatches
+from isoray.training.config import TrainingConfig
+from isoray.training.memory import peak_memory_mb
+from isoray.training.optim import make_optimizer
+from isoray.training.parallel import Parallel, Ranks, transformer_blocks
+from isoray.training.state import Checkpoints
+
+Evaluator = Callable[[Parallel], dict[str, float]]
+"""Mean loss (nats) of each named evaluation set; called on every rank, the same answer on each."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """What one optimizer step reports. Fields beside ``step`` and ``total`` are filled when they were measured."""
+
+    step: int
+    """Optimizer steps taken so far (1 after the first); 0 is the state before training."""
+    total: int
+    loss: float | None = None
+    """The objective of this step's batch, before the update."""
+    terms: Mapping[str, float] = field(default_factory=dict)
+    """Each term's mean."""
+    gradient_norm: float | None = None
+    learning_rate: float | None = None
+    tokens_per_second: float | None = None
+    """Labelled tokens of all ranks per second since the last report, evaluation not counted."""
+    peak_memory_mb: float | None = None
+    evaluation: Mapping[str, float] | None = None
+
+
+def train(
+    model: nn.Module,
+    objective: Objective,
+    streams: Mapping[str, BlockStream],
+    config: TrainingConfig,
+    *,
+    seed: int,
+    pad_token_id: int,
+    layout: Layout = "causal",
+    ranks: Ranks | None = None,
+    reference: nn.Module | None = None,
+    evaluator: Evaluator | None = None,
+    evaluate_first: bool = False,
+    checkpoints: Checkpoints | None = None,
+) -> Iterator[Step]:
+    """Train ``model`` in place, from the latest checkpoint where there is one; yields reports as it goes.
+
+    Args:
+        model: a Transformers model whose trainable parameters require gradients.
+        streams: a stream of blocks for each of the objective's roles.
+        evaluate_first: also evaluate the state before the first step.
+
+    Raises:
+        NumericError: a loss or gradient is not finite, or nothing trains.
+        InfraError: a checkpoint could not be written.
+    """
+    ranks = ranks or Ranks.current()
+    assert set(objective.roles) == set(streams), f"{objective.kind} needs the roles {objective.roles}"
+    total = config.total_steps(next(iter(streams.values())).steps_per_epoch)
+    _prepare(model, config)
+    parallel = Parallel(model, ranks, strategy=config.parallel, precision=config.precision)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimizer = make_optimizer(config.optimizer, parameters)
+    base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+    start = 0
+    if checkpoints is not None and (latest := checkpoints.latest()) is not None:
+        start = checkpoints.load(latest, model, optimizer)
+    micro_batches = MicroBatches(streams, config, ranks, pad_token_id=pad_token_id, layout=layout)
+    guard = _Guard(parameters, ranks)
+    clock = _Clock()
+
+    model.train()
+    if evaluator is not None and evaluate_first and start == 0:
+        yield Step(0, total, evaluation=evaluator(parallel))
+        clock.restart()
+    for step in range(start, total):
+        # Dropout depends on nothing but the step, so a resumed run draws what the undisturbed one drew.
+        torch.manual_seed(int(digest_of([seed, step, ranks.rank]), 16))
+        sums, counts = _backward(parallel, objective, micro_batches.at(step), step, reference)
+        rate = config.schedule.factor(step, total)
+        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
+            group["lr"] = base * rate
+        logs = (step + 1) % config.log_every == 0 or step + 1 == total
+        norm = None
+        if config.clip_norm is not None or logs or step == start:
+            norm = parallel.gradient_norm(parameters)
+            guard.check_gradient(norm, step)
+        if config.clip_norm is not None and norm is not None:
+            parallel.clip(parameters, config.clip_norm, norm)
+        if step == start:
+            guard.remember()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step == start:
+            guard.check_change(step)
+
+        clock.add(counts)
+        evaluates = evaluator is not None and (
+            step + 1 == total or (config.evaluate_every is not None and (step + 1) % config.evaluate_every == 0)
+        )
+        report: dict[str, Any] = {}
+        if logs or evaluates:
+            terms = guard.check_terms(sums, counts, step)
+            coefficients = objective.coefficients(step)
+            report = {
+                "loss": sum(coefficients[name] * value for name, value in terms.items()),
+                "terms": terms,
+                "gradient_norm": None if norm is None else float(norm),
+                "learning_rate": optimizer.param_groups[0]["lr"],
+                "tokens_per_second": clock.tokens_per_second(),
+                "peak_memory_mb": peak_memory_mb(ranks.device),
+            }
+        if evaluator is not None and evaluates:
+            report["evaluation"] = evaluator(parallel)
+        if checkpoints is not None and config.checkpoint_every is not None:
+            if (step + 1) % config.checkpoint_every == 0 and step + 1 < total:
+                checkpoints.save(model, optimizer, step=step + 1, ranks=ranks)
+        if report:
+            yield Step(step + 1, total, **report)
+            clock.restart()
+
+
+def _prepare(model: nn.Module, config: TrainingConfig) -> None:
+    if config.activation_checkpointing:
+        hf_model: Any = model
+        hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+        hf_model.enable_input_require_grads()  # with frozen embeddings (LoRA) nothing would train without it
+    if config.compile:
+        for block in transformer_blocks(model):
+            block.compile()
+
+
+def _backward(
+    parallel: Parallel,
+    objective: Objective,
+    micro_batches: list[dict[str, Batch]],
+    step: int,
+    reference: nn.Module | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Gradients of the whole step; returns this rank's sums and all ranks' counts of the terms."""
+    ranks = parallel.ranks
+    counts: dict[str, Tensor] = {}
+    for batches in micro_batches:
+        for name, count in objective.weigh(batches).items():
+            counts[name] = counts[name] + count if name in counts else count
+    counts = {name: ranks.sum(count.clone()) for name, count in counts.items()}
+    # DDP and FSDP average gradients over the ranks; the counts are already global, hence the factor.
+    scale = {
+        name: coefficient * ranks.world / counts[name].clamp(min=1).double()
+        for name, coefficient in objective.coefficients(step).items()
+    }
+    sums: dict[str, Tensor] = {}
+    for index, batches in enumerate(micro_batches):
+        with parallel.accumulating(last=index == len(micro_batches) - 1):
+            terms = parallel.call(objective.terms, batches, reference)
+            loss = torch.stack([scale[name] * value for name, value in terms.items()]).sum()
+            loss.backward()
+        for name, value in terms.items():
+            detached = value.detach()
+            sums[name] = sums[name] + detached if name in sums else detached
+    return sums, counts
+
+
+class _Guard:
+    """That something really trains: finite losses, non-zero gradients, changed weights."""
+
+    def __init__(self, parameters: list[nn.Parameter], ranks: Ranks) -> None:
+        if not parameters:
+            raise NumericError("nothing can train: no parameter of the model requires a gradient.")
+        self._parameters, self._ranks = parameters, ranks
+        self._before: list[Tensor] = []
+
+    def check_gradient(self, norm: Tensor, step: int) -> None:
+        value = float(norm)
+        if value == 0.0:
+            raise NumericError(
+                f"step {step + 1}: the gradient is zero, nothing trains. Check that the data has labels, that the "
+                "learning rate's warm-up does not start at 0 and that adapters reach the layers they should."
+            )
+        if not torch.isfinite(norm):
+            raise NumericError(
+                f"step {step + 1}: the gradient's norm is {value}. Lower training.optimizer.lr, set "
+                "training.clip_norm, or use precision fp32; the last checkpoint is kept."
+            )
+
+    def remember(self) -> None:
+        """Keep a sample of each parameter: those that have the largest gradients move, whatever the optimizer."""
+        self._before = [self._sample(p).clone() for p in self._parameters]
+
+    def check_change(self, step: int) -> None:
+        changed = torch.tensor(
+            any(not torch.equal(old, self._sample(p)) for old, p in zip(self._before, self._parameters, strict=True)),
+            dtype=torch.int64,
+            device=self._ranks.device,
+        )
+        self._before = []
+        if int(self._ranks.sum(changed)) == 0:
+            raise NumericError(
+                f"step {step + 1}: no weight changed. The learning rate is too small for the weights' precision."
+            )
+
+    def check_terms(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], step: int) -> dict[str, float]:
+        """The means of the terms over all ranks; raises NumericError where one is not finite."""
+        means = {name: float(self._ranks.sum(value.clone())) / max(1, int(counts[name])) for name, value in sums.items()}
+        for name, value in means.items():
+            if not torch.isfinite(torch.tensor(value)):
+                raise NumericError(
+                    f"step {step + 1}: the term {name!r} is {value}. Lower training.optimizer.lr or set "
+                    "training.clip_norm; the last checkpoint is kept."
+                )
+        return means
+
+    @staticmethod
+    def _sample(parameter: nn.Parameter) -> Tensor:
+        data = parameter.detach()
+        local = data.to_local() if hasattr(data, "to_local") else data
+        return local.flatten()[:4096]
+
+
+class _Clock:
+    """Labelled tokens per second between reports."""
+
+    def __init__(self) -> None:
+        self._tokens: Tensor | int = 0
+        self._since = time.perf_counter()
+
+    def add(self, counts: Mapping[str, Tensor]) -> None:
+        self._tokens = self._tokens + max(counts.values(), key=int)
+
+    def tokens_per_second(self) -> float:
+        return float(self._tokens) / max(1e-9, time.perf_counter() - self._since)
+
+    def restart(self) -> None:
+        self._tokens = 0
+        self._since = time.perf_counter()

@@ -1,0 +1,129 @@
+"""Ranks and how a model is spread over them: one process, DDP, or FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Literal, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process's place among the workers of one training; a process group exists when ``world`` is above 1."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def current(cls, device: torch.device | None = None) -> Ranks:
+        """From the initialised default process group, or a single rank."""
+        if not dist.is_initialized():
+            return cls(device=device or torch.device("cpu"))
+        return cls(dist.get_rank(), dist.get_world_size(), device or torch.device("cpu"))
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The tensor summed over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait for the other ranks."""
+        if self.world > 1:
+            dist.barrier()
+
+
+class _Inside(nn.Module):
+    """Runs a function of the model inside a module's forward, so that DDP's and FSDP's hooks see it."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, function: Callable[..., Any], *args: Any) -> Any:
+        return function(self.model, *args)
+
+
+class Parallel:
+    """A model on this rank's device, spread over the ranks."""
+
+    def __init__(
+        self, model: nn.Module, ranks: Ranks, *, strategy: Literal["ddp", "fsdp"], precision: Literal["fp32", "bf16"]
+    ) -> None:
+        self.model, self.ranks, self.strategy = model, ranks, strategy
+        self.precision = precision
+        self._inside: nn.Module = _Inside(model.to(ranks.device))
+        if ranks.world > 1 and strategy == "ddp":
+            # The objective's sums are divided by global counts, so every rank must hold the same starting weights and
+            # nothing else is broadcast: buffers (rotary tables, masks) are constants.
+            self._inside = DistributedDataParallel(self._inside, broadcast_buffers=False, gradient_as_bucket_view=True)
+        elif ranks.world > 1:
+            policy = (
+                MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+                if precision == "bf16"
+                else MixedPrecisionPolicy()
+            )
+            for block in transformer_blocks(model):
+                fully_shard(block, mp_policy=policy)
+            fully_shard(self._inside, mp_policy=policy)
+
+    def call(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(model, *args)`` with gradient hooks and autocast."""
+        with self._autocast():
+            return self._inside(function, *args)
+
+    @torch.no_grad()
+    def evaluate(self, function: Callable[..., Any], *args: Any) -> Any:
+        """``function(model, *args)`` without gradients, in evaluation mode (dropout off)."""
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            with self._autocast():
+                if self.strategy == "fsdp" and self.ranks.world > 1:
+                    return self._inside(function, *args)
+                return function(self.model, *args)
+        finally:
+            self.model.train(was_training)
+
+    @contextmanager
+    def accumulating(self, *, last: bool) -> Iterator[None]:
+        """Gradients are averaged over the ranks only in the last micro-batch of a step."""
+        inside = self._inside
+        if isinstance(inside, DistributedDataParallel) and not last:
+            with inside.no_sync():
+                yield
+            return
+        if self.strategy == "fsdp" and self.ranks.world > 1:
+            cast("Any", inside).set_requires_gradient_sync(last)
+        yield
+
+    @staticmethod
+    def gradient_norm(parameters: list[nn.Parameter]) -> Tensor:
+        """The 2-norm of the whole gradient: a scalar. Reads every gradient once, so not for every step."""
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    @staticmethod
+    def clip(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
+        """Scale the gradients in place so that their norm is at most ``limit``."""
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        if self.precision == "bf16":
+            return torch.autocast(self.ranks.device.type, torch.bfloat16)
+        return nullcontext()
+
+
+def transformer_blocks(model: nn.Module) -> list[nn.Module]:
+    """The repeated blocks of a Transformers model (its ``_no_split_modules``), outermost first."""
+    names = set(getattr(model, "_no_split_modules", None) or ())
+    return [module for module in model.modules() if type(module).__name__ in names]

@@ -1,0 +1,118 @@
+"""Resumable state of a training: sharded, atomic checkpoints that are complete or do not exist.
+
+A checkpoint is a folder ``step-00000010`` written by ``torch.distributed.checkpoint`` (each rank its own shards, so it
+can be read again by another number of workers). It is written beside its final name and renamed when all ranks have
+finished; a folder under its final name is therefore complete. These folders are private to a run: models are handed
+on as Transformers folders.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.optim import Optimizer
+
+from isoray.errors import InfraError
+from isoray.training.parallel import Ranks
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a training keeps its checkpoints, and what they must belong to."""
+
+    folder: Path
+    fingerprint: str
+    """Identifies the training (data order, settings, starting weights): checkpoints of another one are not used."""
+    keep: int = 1
+
+    def latest(self) -> Path | None:
+        """The newest complete checkpoint of this training."""
+        for path in reversed(self._complete()):
+            if json.loads((path / "training.json").read_text())["fingerprint"] == self.fingerprint:
+                return path
+        return None
+
+    def save(self, model: nn.Module, optimizer: Optimizer, *, step: int, ranks: Ranks) -> Path:
+        """Write the state after ``step`` optimizer steps; all ranks call it.
+
+        Raises InfraError when the storage refuses (full, read-only); earlier checkpoints stay as they are.
+        """
+        final = self.folder / f"step-{step:08d}"
+        partial = self.folder / f"step-{step:08d}.partial"
+        try:
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            ranks.barrier()
+            _write(partial, model, optimizer)
+            ranks.barrier()
+            if ranks.rank == 0:
+                _write_text(partial / "training.json", json.dumps({"step": step, "fingerprint": self.fingerprint}))
+                shutil.rmtree(final, ignore_errors=True)
+                os.rename(partial, final)
+                for old in self._complete()[: -self.keep]:
+                    shutil.rmtree(old)
+            ranks.barrier()
+        except (OSError, dcp.api.CheckpointException) as error:
+            if ranks.rank == 0:
+                shutil.rmtree(partial, ignore_errors=True)
+            raise InfraError(
+                f"checkpoint of step {step} could not be written to {self.folder}: {_cause(error)}. Earlier checkpoints "
+                "are untouched; free space or choose another storage.path, then run the same command again."
+            ) from error
+        return final
+
+    def load(self, path: Path, model: nn.Module, optimizer: Optimizer) -> int:
+        """Restore model and optimizer in place from ``path``; the number of optimizer steps already taken."""
+        model_state, optimizer_state = get_state_dict(model, optimizer)
+        state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+        dcp.load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+        set_state_dict(
+            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
+        )
+        return int(json.loads((path / "training.json").read_text())["step"])
+
+    def clear(self) -> None:
+        """Remove all checkpoints: the training is finished and its result is saved elsewhere."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def _complete(self) -> list[Path]:
+        if not self.folder.is_dir():
+            return []
+        return sorted(path for path in self.folder.iterdir() if _NAME.fullmatch(path.name))
+
+
+def _write(partial: Path, model: nn.Module, optimizer: Optimizer) -> None:
+    model_state, optimizer_state = get_state_dict(model, optimizer)
+    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
+    writer = dcp.FileSystemWriter(str(partial), sync_files=True)
+    dcp.save(
+        {"model": model_state, "optimizer": optimizer_state}, storage_writer=writer, no_dist=not dist.is_initialized()
+    )
+
+
+def _write_text(path: Path, text: str) -> None:
+    with path.open("w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _cause(error: BaseException) -> str:
+    failures = getattr(error, "failures", None)
+    if failures:
+        return "; ".join(str(cause[0]) for cause in failures.values())
+    return str(error)

@@ -1,0 +1,163 @@
+"""What holds for every objective: gradients do not depend on how a batch is cut, padded, packed or spread."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from blocks import ListStore, packed, ragged
+from torch import Tensor, nn
+
+from isoray.config.base import find_component, kinds
+from isoray.corpora.stream import BlockStream
+from isoray.objectives.base import Objective
+from isoray.training.config import TrainingConfig
+from isoray.training.loop import train
+from isoray.training.optim import SgdConfig
+from isoray.training.parallel import Ranks
+
+SETTINGS = [
+    (kind, average) for kind in kinds("isoray.objectives") for average in ("token", "example") if kind != "base"
+]
+ROWS = 16
+
+
+def objective(kind: str, average: str) -> Objective:
+    owner = find_component("isoray.objectives", kind)
+    return Objective.build(owner.Config(kind=kind, average=average))
+
+
+def step_gradient(
+    model: nn.Module, loss: Objective, store: ListStore, *, rows: int | None = None, tokens: int = 10**6, pad: int = 0
+) -> Tensor:
+    """Flat gradient of one full-batch step, read off an SGD update with learning rate 1."""
+    before = [p.detach().clone() for p in model.parameters()]
+    config = TrainingConfig(
+        steps=1,
+        batch_size=len(store),
+        micro_batch_rows=rows,
+        micro_batch_tokens=tokens,
+        optimizer=SgdConfig(lr=1.0),
+    )
+    streams = {role: BlockStream([store], batch_size=len(store), seed=0) for role in loss.roles}
+    list(train(model, loss, streams, config, seed=0, pad_token_id=pad))
+    return torch.cat([(old - new.detach()).flatten() for old, new in zip(before, model.parameters(), strict=True)])
+
+
+def error(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max() / one.abs().max())
+
+
+@pytest.mark.parametrize(("kind", "average"), SETTINGS)
+def test_gradient_is_the_plain_one(kind: str, average: str, tiny_model: Callable[..., nn.Module]) -> None:
+    """Against the obvious loop over rows, without padding, on logits."""
+    store = ragged("a", ROWS, seed=1, prompt=2)
+    got = step_gradient(tiny_model(dtype=torch.float64), objective(kind, average), store)
+    model = tiny_model(dtype=torch.float64)
+    losses, counts = [], []
+    for block in store.blocks:
+        ids = torch.tensor(block.input_ids).long()[None]
+        logp = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+        keep = torch.tensor(block.labels[1:] != -100)
+        losses.append(-logp[torch.arange(len(keep)), ids[0, 1:]][keep].sum())
+        counts.append(int(keep.sum()))
+    if average == "token":
+        loss = torch.stack(losses).sum() / sum(counts)
+    else:
+        loss = torch.stack([one / n for one, n in zip(losses, counts, strict=True)]).mean()
+    (loss if kind == "lm" else -loss).backward()
+    want = torch.cat([p.grad.flatten() for p in model.parameters()])
+    assert error(want, got) < 1e-10
+
+
+@pytest.mark.parametrize(("kind", "average"), SETTINGS)
+@pytest.mark.parametrize("cut", [{"rows": 1}, {"rows": 2}, {"rows": 8}, {"tokens": 40}, {"pad": 5}])
+def test_cut_and_padding_change_nothing(
+    kind: str, average: str, cut: dict[str, int], tiny_model: Callable[..., nn.Module]
+) -> None:
+    store = ragged("a", ROWS, seed=1)
+    whole = step_gradient(tiny_model(dtype=torch.float64), objective(kind, average), store)
+    parts = step_gradient(tiny_model(dtype=torch.float64), objective(kind, average), store, **cut)
+    assert error(whole, parts) < 1e-10
+
+
+@pytest.mark.parametrize("kind", ["lm", "gradient_ascent"])
+def test_packing_changes_nothing(kind: str, tiny_model: Callable[..., nn.Module]) -> None:
+    store = ragged("a", ROWS, seed=1)
+    dense = ListStore("a", [packed(store.blocks[i : i + 4]) for i in range(0, ROWS, 4)])
+    apart = step_gradient(tiny_model(dtype=torch.float64), objective(kind, "token"), store)
+    together = step_gradient(tiny_model(dtype=torch.float64), objective(kind, "token"), dense)
+    assert error(apart, together) < 1e-10
+
+
+@pytest.mark.parametrize(("kind", "average"), SETTINGS)
+def test_weigh_counts_what_terms_sum(kind: str, average: str, tiny_model: Callable[..., nn.Module]) -> None:
+    """With uniform predictions every token costs ln V, so each term is its count times ln V."""
+    loss = objective(kind, average)
+    model = tiny_model(dtype=torch.float64)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    ids = torch.randint(3, 97, (3, 9), generator=torch.Generator().manual_seed(0))
+    batches = {role: {"input_ids": ids, "labels": ids.masked_fill(ids < 40, -100)} for role in loss.roles}
+    counts, terms = loss.weigh(batches), loss.terms(model, batches)
+    assert counts.keys() == terms.keys() == loss.coefficients(0).keys()
+    for name, value in terms.items():
+        assert float(value.detach()) == pytest.approx(float(counts[name]) * torch.log(torch.tensor(97.0)).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("kind", [kind for kind, _ in SETTINGS[::2]])
+def test_training_moves_each_term_its_way(kind: str, tiny_model: Callable[..., nn.Module]) -> None:
+    loss = objective(kind, "token")
+    store = ragged("a", ROWS, seed=1)
+    config = TrainingConfig(steps=20, batch_size=ROWS, optimizer=SgdConfig(lr=0.05), log_every=1)
+    streams = {role: BlockStream([store], batch_size=ROWS, seed=0) for role in loss.roles}
+    steps = list(train(tiny_model(), loss, streams, config, seed=0, pad_token_id=0))
+    for name, direction in loss.improves.items():
+        assert (steps[-1].terms[name] - steps[0].terms[name]) * direction > 0.01
+
+
+def _ranked_gradient(rank: int, world: int, port: int, kind: str, strategy: str, rows: int, out: str) -> None:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=128,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config).double()
+    before = [p.detach().clone() for p in model.parameters()]
+    store = ragged("a", rows, seed=1)
+    training = TrainingConfig(
+        steps=1, batch_size=rows, micro_batch_rows=2, optimizer=SgdConfig(lr=1.0), parallel=strategy
+    )
+    loss = objective(kind, "example")
+    streams = {role: BlockStream([store], batch_size=rows, seed=0) for role in loss.roles}
+    list(train(model, loss, streams, training, seed=0, pad_token_id=0, ranks=Ranks.current()))
+    after = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    if rank == 0:
+        torch.save(torch.cat([(b - a.detach()).flatten() for b, a in zip(before, after, strict=True)]), out)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize(("strategy", "rows"), [("ddp", ROWS), ("ddp", 5), ("ddp", 1), ("fsdp", ROWS), ("fsdp", 1)])
+def test_two_ranks_give_the_gradient_of_one(
+    strategy: str, rows: int, tiny_model: Callable[..., nn.Module], tmp_path: Path
+) -> None:
+    """Also when a rank has fewer rows than the other, or none."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    out = str(tmp_path / "gradient.pt")
+    mp.spawn(_ranked_gradient, (2, port, "gradient_ascent", strategy, rows, out), nprocs=2, join=True)
+    alone = step_gradient(
+        tiny_model(dtype=torch.float64), objective("gradient_ascent", "example"), ragged("a", rows, seed=1)
+    )
+    assert error(alone, torch.load(out)) < 1e-10
