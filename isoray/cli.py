@@ -31,9 +31,9 @@ app = typer.Typer(
 
 @app.command()
 def run(
-    config: Annotated[str, typer.Argument(help="A config file, or the name of a stock config.")],
+    config: Annotated[str, typer.Argument(help="A config file or a stock config.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="[a.b=value ...]", help="Overrides.")] = None,
-    out: Annotated[Path | None, typer.Option(help="The run folder. Default: one named after recipe and config.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder. Default: named after recipe and config.")] = None,
     address: Annotated[str | None, typer.Option(help="A Ray cluster. Default: a local one is started.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the resolved config and stop.")] = False,
 ) -> None:
@@ -70,8 +70,8 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     if not (folder / "results.json").is_file():
         from isoray.config.base import missing_path
 
-        what = "has no results.json: expected the folder of a finished run" if folder.is_dir() else missing_path(folder)
-        raise UserError(f"{folder}: {what}")
+        unfinished = f"{folder} has no results.json; expected the folder of a finished run"
+        raise UserError(unfinished if folder.is_dir() else f"no such run: {missing_path(folder)}")
     _find_code_here()
     typer.echo(f"report: {build(folder)}")
 

@@ -1,7 +1,8 @@
-"""Where a run gets its processors: connecting to Ray, and the arithmetic that refuses what cannot fit before it starts."""
+"""Where a run gets its processors: connecting to Ray, and the arithmetic that refuses what cannot fit beforehand."""
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shutil
@@ -21,8 +22,8 @@ from isoray.config.base import Config
 from isoray.errors import InfraError, UserError
 
 HELPER_CPUS = 2
-"""Logical CPUs that a Ray of our own has on top of its cores: readers and tokenisers of a Ray Data pipeline wait for each
-other for ever when the actor pools hold every CPU. Workers that compute never use them (see :func:`plan`)."""
+"""Logical CPUs that a Ray of our own has on top of its cores: readers and tokenisers of a Ray Data pipeline wait for
+each other for ever when the actor pools hold every CPU. Workers that compute never use them (see :func:`plan`)."""
 
 OBJECT_STORE_BYTES = 512 * 2**20
 """Upper limit of the object store of a Ray of our own; pages that nobody writes cost nothing."""
@@ -34,19 +35,19 @@ class ScalingConfig(Config):
     """How many workers a run uses, and what it does when some are lost."""
 
     executor: Literal["ray", "inprocess"] = "ray"
-    """`ray`: workers are Ray actors, on this machine or on a cluster. `inprocess`: everything runs one after the other in
-    the process that was started, without Ray."""
+    """`ray`: workers are Ray actors, on this machine or on a cluster. `inprocess`: everything runs one after the other
+    in the process that was started, without Ray."""
     workers: PositiveInt = 1
     """Data-parallel workers of a single training."""
     lanes: PositiveInt | Literal["auto"] = "auto"
-    """Worker groups that take short trainings from a queue, side by side. `auto`: as many as fit, but no more than jobs."""
+    """Worker groups that take short trainings from a queue, side by side. `auto`: as many as fit, no more than jobs."""
     workers_per_lane: PositiveInt = 1
     """Data-parallel workers of each lane."""
     cpus_per_worker: PositiveInt | Literal["auto"] = "auto"
-    """CPUs, and therefore compute threads, of each worker. `auto`: as many as fill the machine. The number of threads may
-    change the last bits of a result; set it to compare numbers between machines."""
+    """CPUs, and therefore compute threads, of each worker. `auto`: as many as fill the machine. The number of threads
+    may change the last bits of a result; set it to compare numbers between machines."""
     gpus_per_worker: NonNegativeFloat | Literal["auto"] = "auto"
-    """GPUs of each worker; a fraction lets several lanes share one. `auto`: one where the cluster has any, else none."""
+    """GPUs of each worker; a fraction lets several lanes share one. `auto`: one if the cluster has any, else none."""
     max_failures: NonNegativeInt = 3
     """How often one job, or one training, is started again after its workers were lost. Lanes also give up after this
     many losses per lane in a row in which no job finishes."""
@@ -92,7 +93,7 @@ class Resources:
 
 @dataclass(frozen=True)
 class Placement:
-    """Worker groups that were found to fit: ``lanes`` groups of ``workers`` workers, each with ``cpus`` and ``gpus``."""
+    """Worker groups that fit: ``lanes`` groups of ``workers`` workers, each with ``cpus`` and ``gpus``."""
 
     executor: Literal["ray", "inprocess"]
     lanes: int
@@ -123,7 +124,7 @@ class Cluster:
         import ray
 
         nodes = []
-        for entry in ray.nodes():
+        for entry in ray.nodes():  # type: ignore[no-untyped-call]
             if entry["Alive"]:
                 amounts: Mapping[str, float] = entry["Resources"]
                 cpus = int(amounts.get("CPU", 0)) if self.cores is None else self.cores
@@ -147,11 +148,12 @@ def plan(scaling: ScalingConfig, resources: Resources, *, jobs: int | None = Non
     if scaling.executor == "inprocess":
         return _inprocess(scaling, resources)
     gpus = _gpus(scaling, resources, ranks=scaling.workers_per_lane)
-    lanes = scaling.lanes
-    if lanes == "auto":
+    if scaling.lanes == "auto":
         cpus = 1 if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
         lanes = max(1, resources.slots(cpus, gpus) // scaling.workers_per_lane)
         lanes = min(lanes, jobs) if jobs else lanes
+    else:
+        lanes = scaling.lanes
     return _fit(scaling, resources, lanes=lanes, workers=scaling.workers_per_lane, gpus=gpus)
 
 
@@ -248,9 +250,7 @@ def connect(address: str | None = None, *, cores: int | None = None) -> Iterator
             yield cluster
         return
     try:
-        ray.init(
-            address=address, runtime_env=_shipped_code(), logging_level="ERROR", log_to_driver=False, configure_logging=True
-        )
+        ray.init(address=address, runtime_env=_shipped_code(), logging_level=logging.ERROR, log_to_driver=False)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise InfraError(
             f"no Ray cluster answers at {address!r}: {error}. Start one (`ray start --head`), correct the address, "
@@ -284,7 +284,7 @@ def _own_ray(cores: int) -> Iterator[Cluster]:
                 num_cpus=cores + HELPER_CPUS,
                 object_store_memory=OBJECT_STORE_BYTES,
                 include_dashboard=False,
-                logging_level="ERROR",
+                logging_level=logging.ERROR,
                 log_to_driver=False,
                 _temp_dir=str(folder),
             )
@@ -309,7 +309,7 @@ def _environment(settings: Mapping[str, str]) -> Iterator[None]:
 
 
 def _import_paths() -> list[str]:
-    """Folders from which this process imports beyond the installation: a checkout of isoray, a user's own components."""
+    """Folders from which this process imports beyond the installation: a checkout of isoray, a user's components."""
     installed = {Path(path).resolve() for path in sysconfig.get_paths().values()}
     paths = [_package_folder().parent] if not _is_installed() else []
     for entry in sys.path:

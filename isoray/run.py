@@ -96,8 +96,8 @@ class Run:
     ) -> Any:
         """Do ``work(folder)`` unless the step ``name`` was done with the same ``inputs``; give back its result.
 
-        ``inputs`` (JSON-able) is everything the result depends on; with isoray's version it decides whether a step that is
-        already there is used. ``work`` writes its files into the folder it is given, which is renamed to
+        ``inputs`` (JSON-able) is everything the result depends on; with isoray's version it decides whether a step that
+        is already there is used. ``work`` writes its files into the folder it is given, which is renamed to
         ``step_folder(name)`` when it returns, so its result (JSON-able) must not hold that folder's path. The result is
         what JSON makes of it, whether the step was done now or before.
 
@@ -131,7 +131,7 @@ class Run:
         return marker is not None and marker["inputs"] == digest_of([to_json(inputs), __version__])
 
     def phase(self, name: str, *, jobs: int) -> Phase:
-        """Progress of one phase on the terminal: ``with run.phase("leave-one-out", jobs=9) as phase: phase.done("a")``."""
+        """Show the progress of a phase: ``with run.phase("leave-one-out", jobs=9) as phase: phase.done("a")``."""
         return Phase(name, jobs=jobs)
 
     def log(self, **row: object) -> None:
@@ -154,8 +154,8 @@ class Run:
     ) -> None:
         """Write ``results.json``.
 
-        ``metrics`` must be the same for every run of this config: times and memory belong into a table. NaN and infinity
-        become null. ``artifacts`` are paths within the run folder, written relative to it.
+        ``metrics`` must be the same for every run of this config: times and memory belong into a table. NaN and
+        infinity become null. ``artifacts`` are paths within the run folder, written relative to it.
         """
         relative = {name: _within(self.folder, Path(path)) for name, path in (artifacts or {}).items()}
         results = {
@@ -205,7 +205,7 @@ def to_json(value: object, *, strict: bool = False) -> Any:
 
     With ``strict``, NaN and infinity become None. Raises TypeError for anything else.
     """
-    if value is None or isinstance(value, str | bool | int) and type(value).__module__ == "builtins":
+    if value is None or type(value) in (str, bool, int):
         return value
     if isinstance(value, float):
         return None if strict and not math.isfinite(value) else float(value)
@@ -241,7 +241,7 @@ def storage_error(error: OSError, path: Path | None = None) -> InfraError | None
     """The error to tell a person for an OSError that is the fault of a full or broken disk; None when it is not."""
     where = error.filename or path or "the run folder"
     if error.errno in STORAGE_ERRNOS:
-        return InfraError(f"cannot write {where}: {error.strerror}; make room or mend it, then run the same command again")
+        return InfraError(f"cannot write {where}: {error.strerror}; make room, then run the same command again")
     return None
 
 
@@ -249,7 +249,7 @@ def _check_run_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise UserError(f"{path} is a file; expected a run folder: choose another with --out")
     if path.is_dir() and not (path / "config.json").exists() and any(p.name[0] != "." for p in path.iterdir()):
-        raise UserError(f"{path} holds other files and no run (no config.json); choose an empty or new folder with --out")
+        raise UserError(f"{path} holds other files and no run (no config.json); choose a new folder with --out")
 
 
 def _lock(folder: Path) -> int:

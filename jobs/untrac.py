@@ -8,9 +8,10 @@ Give ``storage.path`` (or ``--out``) on storage that outlives the job: its worki
 import sys
 from pathlib import Path
 
+# The submitted working folder comes before an installed isoray.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from isoray.cli import main  # noqa: E402 (the submitted working folder comes before an installed isoray)
+from isoray.cli import main
 
 if __name__ == "__main__":
     main(["run", *sys.argv[1:], "--address", "auto"])

@@ -14,26 +14,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_model() -> Callable[..., object]:
-    """Makes a 2-layer Llama with 97 tokens; the same weights for the same seed."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    """Makes a 2-layer Llama with 97 tokens; the same weights for the same seed. Picklable."""
+    from tiny import make_llama
 
-    def make(seed: int = 0, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=97,
-            hidden_size=16,
-            intermediate_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-        )
-        return LlamaForCausalLM(config).to(dtype)
-
-    return make
+    return make_llama
 
 
 @pytest.fixture(scope="session")

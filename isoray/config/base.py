@@ -1,8 +1,8 @@
 """Config models, Components, and slots that find a Component by its ``kind``.
 
 A *Config* is a frozen pydantic model that forbids unknown keys. A *Component* is a class with a nested ``Config`` whose
-``kind`` is the name of the module it stands in. A *slot* is a config field that holds the Config of any Component of one
-package: ``kind: lm`` in a slot of ``isoray.objectives`` imports ``isoray.objectives.lm`` and nothing else, and
+``kind`` is the name of the module it stands in. A *slot* is a config field that holds the Config of any Component of
+one package: ``kind: lm`` in a slot of ``isoray.objectives`` imports ``isoray.objectives.lm`` and nothing else, and
 ``kind: my_package.my_module:MyClass`` reaches code outside. There is no registry.
 """
 
@@ -77,11 +77,15 @@ def _merged(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     result = dict(kept)
     for key, value in given.items():
         old = result.get(key)
-        if isinstance(old, Mapping) and isinstance(value, Mapping) and value.get("kind", old.get("kind")) == old.get("kind"):
-            result[key] = _merged(old, value)
-        else:
-            result[key] = value
+        result[key] = _merged(old, value) if same_kind(old, value) else value
     return result
+
+
+def same_kind(old: object, new: object) -> bool:
+    """Whether the mapping ``new`` changes the mapping ``old`` rather than replacing it by another kind."""
+    if not (isinstance(old, Mapping) and isinstance(new, Mapping)):
+        return False
+    return bool(new.get("kind", old.get("kind")) == old.get("kind"))
 
 
 def digest_of(value: object) -> str:
@@ -205,9 +209,9 @@ def find_component(package: str, kind: str) -> type[Component]:
 def _component_in(module_name: str) -> type[Component] | None:
     module = importlib.import_module(module_name)
     for value in vars(module).values():
-        if inspect.isclass(value) and issubclass(value, Component) and value.__module__ == module_name:
-            if "Config" in vars(value) and not inspect.isabstract(value):
-                return value
+        here = inspect.isclass(value) and issubclass(value, Component) and value.__module__ == module_name
+        if here and "Config" in vars(value) and not inspect.isabstract(value):
+            return cast("type[Component]", value)
     return None
 
 
@@ -227,7 +231,9 @@ class Slot:
         options: list[dict[str, Any]] = [{"enum": known}] if known else []
         for kind in known:
             config = find_component(self.package, kind).Config
-            options.append(handler(config.__pydantic_core_schema__))
+            option = handler.resolve_ref_schema(handler(config.__pydantic_core_schema__))
+            option["properties"]["kind"] |= {"const": kind}
+            options.append(option)
         outside = {"kind": {"type": "string", "pattern": ":"}}
         options.append({"type": "object", "properties": outside, "required": ["kind"]})
         return {"anyOf": options, "description": f"a component of {self.package}, chosen by its kind"}

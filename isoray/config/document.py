@@ -60,9 +60,9 @@ def read_document(path: Path) -> Document:
 
 def parse(text: str, *, source: str) -> Document:
     """The value of YAML ``text``; ``source`` names it in origins and errors."""
-    loader = _Loader(text)
     origins: dict[Dotted, str] = {}
     try:
+        loader = _Loader(text)
         node = loader.get_single_node()
         value = None if node is None else _construct(loader, node, (), origins, source, frozenset())
     except yaml.MarkedYAMLError as error:
@@ -71,8 +71,6 @@ def parse(text: str, *, source: str) -> Document:
         raise UserError(f"{source}{line}: {error.problem or error.context}") from error
     except yaml.YAMLError as error:  # a character that YAML forbids
         raise UserError(f"{source}: {' '.join(str(error).split())}") from error
-    finally:
-        loader.dispose()
     return Document(value, origins)
 
 

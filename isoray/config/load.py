@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 import isoray
-from isoray.config.base import Component, close_to, find_component, kinds, missing_path, nearest
+from isoray.config.base import Component, close_to, find_component, kinds, missing_path, nearest, same_kind
 from isoray.config.document import Document, Dotted, parse, read_document
 from isoray.config.fields import problems
 from isoray.config.search import Dimension, check
@@ -103,12 +103,7 @@ def _merge(below: Any, above: Any, path: Dotted, origins: dict[Dotted, str]) -> 
     if isinstance(below, str) and isinstance(above, Mapping):
         below = {"kind": below}  # a slot may be written as the bare name of its kind
     # Which recipe it is may change without starting afresh: what does not fit the new one is named as an unknown key.
-    same = path == () or (
-        isinstance(above, Mapping)
-        and isinstance(below, Mapping)
-        and above.get("kind", below.get("kind")) == below.get("kind")
-    )
-    if not (isinstance(below, Mapping) and isinstance(above, Mapping) and same):
+    if not (same_kind(below, above) or path == ()):
         for old in [known for known in origins if known[: len(path)] == path and len(known) > len(path)]:
             del origins[old]
         return above
@@ -153,22 +148,33 @@ def _extended(file: Path, above: tuple[Path, ...]) -> Document:
 
 def _overrides(overrides: Sequence[str]) -> Document:
     """All overrides as one document, so that their order does not matter."""
-    result = Document({})
-    for override in overrides:
-        dotted, equals, text = override.partition("=")
-        keys = tuple(dotted.strip().split("."))
-        if not equals or not all(keys):
-            raise UserError(f"{COMMAND_LINE}: {override!r} is no override; expected a.b=value")
-        try:
-            value = parse(text, source=COMMAND_LINE).value
-        except UserError as error:
-            hint = "expected a YAML value; quote text with special characters: a.b='\"text\"'"
-            raise UserError(f"{COMMAND_LINE}: {override!r}: {str(error).partition(': ')[2]}; {hint}") from error
-        for key in reversed(keys):
-            value = {key: value}
-        origins = {keys[:length]: COMMAND_LINE for length in range(1, len(keys) + 1)}
-        result = merged(result, Document(value, origins))
-    return result
+    root: dict[str, Any] = {}
+    origins: dict[Dotted, str] = {}
+    parsed = [_override(override) for override in overrides]
+    for keys, value in sorted(parsed, key=lambda one: len(one[0])):
+        place = root
+        for key in keys[:-1]:
+            inner = place.setdefault(key, {})
+            if isinstance(inner, str):
+                inner = place[key] = {"kind": inner}
+            if not isinstance(inner, dict):
+                raise UserError(f"{COMMAND_LINE}: {'.'.join(keys)}: another override gives {key!r} as {inner!r:.80}")
+            place = inner
+        place[keys[-1]] = value
+        origins |= {keys[:length]: COMMAND_LINE for length in range(1, len(keys) + 1)}
+    return Document(root, origins)
+
+
+def _override(override: str) -> tuple[Dotted, Any]:
+    dotted, equals, text = override.partition("=")
+    keys = tuple(dotted.strip().split("."))
+    if not equals or not all(keys):
+        raise UserError(f"{COMMAND_LINE}: {override!r} is no override; expected a.b=value")
+    try:
+        return keys, parse(text, source=COMMAND_LINE).value
+    except UserError as error:
+        hint = "expected a YAML value; quote text with special characters: a.b='\"text\"'"
+        raise UserError(f"{COMMAND_LINE}: {override!r}: {str(error).partition(': ')[2]}; {hint}") from error
 
 
 def _recipe(kind: object, document: Document, file: Path) -> type[Component]:

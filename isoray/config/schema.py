@@ -18,7 +18,7 @@ def schema(kind: str | None = None) -> dict[str, Any]:
     """JSON Schema of the config files of recipe ``kind``, or of all recipes.
 
     Keys are required only at the top and only in a file that extends none: a file that extends another may give any
-    part of any mapping. That nothing is missing in the end is what loading checks. Raises UserError for an unknown kind.
+    part of any mapping; loading checks that nothing is missing in the end. Raises UserError for an unknown kind.
     """
     if kind is not None and ":" not in kind and kind not in kinds(RECIPES):
         raise UserError(f"{kind!r} is no recipe: {nearest(kind, kinds(RECIPES))}")
@@ -32,19 +32,24 @@ def schema(kind: str | None = None) -> dict[str, Any]:
     tops = {option["$ref"].rpartition("/")[2] for option in options}
     dimensions = SEARCH.json_schema(ref_template="#/$defs/search.{model}")
     parts |= {f"search.{name}": part for name, part in dimensions.pop("$defs").items()}
-    for name, part in parts.items():
-        required = part.pop("required", [])
-        if name in tops:
-            part["properties"] |= {"extends": _EXTENDS, "search": {"description": _SEARCH, **dimensions}}
-            part |= {"if": {"not": {"required": ["extends"]}}, "then": {"required": required}}
-    return {"$schema": DIALECT, "title": "isoray config file", "anyOf": options, "$defs": _any_of(parts)}
+    required = {name: parts[name].get("required", []) for name in tops}
+    parts = _of_parts(parts)
+    for name in tops:
+        parts[name]["properties"] |= {"extends": _EXTENDS, "search": {"description": _SEARCH, **dimensions}}
+        parts[name] |= {"if": {"not": {"required": ["extends"]}}, "then": {"required": required[name]}}
+    return {"$schema": DIALECT, "title": "isoray config file", "anyOf": options, "$defs": parts}
 
 
-def _any_of(part: Any) -> Any:
-    """``oneOf`` as ``anyOf``: a mapping without its ``kind`` fits several members of a union."""
-    if isinstance(part, dict):
-        return {("anyOf" if key == "oneOf" else key): _any_of(value) for key, value in part.items()}
-    return [_any_of(item) for item in part] if isinstance(part, list) else part
+def _of_parts(schema: Any) -> Any:
+    """``schema`` for mappings that may lack keys: nothing is required in a config, and ``oneOf`` becomes ``anyOf``, since
+    a mapping without its ``kind`` fits several members of a union."""
+    if isinstance(schema, list):
+        return [_of_parts(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    is_config = schema.get("additionalProperties") is False
+    kept = {key: value for key, value in schema.items() if not (is_config and key == "required")}
+    return {("anyOf" if key == "oneOf" else key): _of_parts(value) for key, value in kept.items()}
 
 
 _EXTENDS = {"type": "string", "description": "A config file to start from: relative to this file, or a stock config."}

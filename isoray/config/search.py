@@ -105,8 +105,8 @@ def check(
 ) -> tuple[dict[str, Any], dict[Dotted, str]]:
     """The dimensions of a ``search:`` section, and what is wrong with them (path of keys -> one line).
 
-    Every end of a range and every choice is put into ``value`` (the config file's mapping, valid for ``model``) in turn,
-    and must be valid there.
+    Every end of a range and every choice is put into ``value`` (the config file's mapping, valid for ``model``) in
+    turn, and must be valid there.
     """
     raw = {"search": search}
     try:
@@ -128,7 +128,7 @@ def check(
 
 
 def with_value(raw: Any, keys: Dotted, value: Any) -> Any:
-    """A copy of ``raw`` in which ``value`` stands at ``keys``; other parts are shared. LookupError beyond a list's end."""
+    """A copy of ``raw`` in which ``value`` stands at ``keys``. Raises LookupError beyond the end of a list."""
     if not keys:
         return value
     key, below = keys[0], keys[1:]

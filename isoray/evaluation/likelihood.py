@@ -36,7 +36,7 @@ class SetLosses:
         layout: Layout = "causal",
         ranks: Ranks | None = None,
         average: Literal["example", "token"] = "example",
-        max_tokens: int = 4096,
+        max_tokens: int,
     ) -> None:
         self._ranks = ranks or Ranks.current()
         self._names = list(sets)

@@ -68,7 +68,7 @@ class CreateConfig(Config):
     tie_embeddings: bool = True
     """Whether the head shares the input embedding's weights."""
 
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = Field(default_factory=dict)
     """Further keys of the Transformers config of this architecture, as Transformers names them."""
 
     tokenizer: TokenizerConfig | str = TokenizerConfig()

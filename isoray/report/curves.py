@@ -1,4 +1,4 @@
-"""Loss curves of an UnTrac run: while unlearning, in training, and how far each step of unlearning agrees with the truth."""
+"""Curves of an UnTrac run: losses while unlearning and in training, and how the agreement with the truth develops."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from isoray.report import charts
+from isoray.report import charts, svg
 from isoray.report.numbers import finite, mean, pearson, plain, short
 from isoray.report.scores import TRUTH, Scores, label
 
@@ -39,7 +39,7 @@ def unlearning_panels(
     by_line: dict[str, dict[str, list[Curve]]] = defaultdict(lambda: defaultdict(list))
     for (test, corpus, _), curve in read(rows, estimator).items():
         by_line[test][corpus].append(curve)
-    styles = charts.styles([*corpora, *sorted({c for lines in by_line.values() for c in lines} - set(corpora))])
+    styles = svg.styles([*corpora, *sorted({c for lines in by_line.values() for c in lines} - set(corpora))])
     order = [t for t in tests if t in by_line] + sorted(by_line.keys() - set(tests))
     panels = []
     for test in order:
@@ -91,9 +91,7 @@ def peaks(rows: Rows, scores: Scores) -> dict[str, tuple[float, float, float]]:
     return found
 
 
-def agreement_panels(
-    rows: Rows, scores: Scores, style_of: Callable[[str], charts.Style]
-) -> list[tuple[str, Markup]]:
+def agreement_panels(rows: Rows, scores: Scores, style_of: Callable[[str], svg.Style]) -> list[tuple[str, Markup]]:
     """How the correlation with the truth develops during unlearning, one panel per estimator."""
     panels = []
     for estimator in dict.fromkeys(str(row.get("estimator")) for row in rows):
@@ -101,7 +99,9 @@ def agreement_panels(
         if len(along) > 2:
             line = charts.Line(style_of(estimator), label(estimator), charts.thin(along), bold=True)
             span = min(0.0, *(r for _, r in along)), 1.0
-            text = f"Correlation of {label(estimator)} with the truth, from {plain(along[0][1])} to {plain(along[-1][1])}"
+            text = (
+                f"Correlation of {label(estimator)} with the truth, from {plain(along[0][1])} to {plain(along[-1][1])}"
+            )
             panel = charts.line_panel(
                 [line], label=text, x_name="unlearning steps", y_name="mean Pearson r", span=span, end_labels=False
             )
@@ -112,16 +112,24 @@ def agreement_panels(
 def training_panels(rows: Rows) -> list[tuple[str, Markup]]:
     """Loss, gradient norm and throughput in training: the full model in bold, the leave-one-out models behind it."""
     panels = []
-    for column, name in (("loss", "training loss (nats)"), ("grad_norm", "gradient norm"), ("tokens_per_second", "tokens/s")):
+    for column, name in (
+        ("loss", "training loss (nats)"),
+        ("grad_norm", "gradient norm"),
+        ("tokens_per_second", "tokens per second"),
+    ):
         by_model = _by_model(rows, column)
         others = [m for m in by_model if m != "all"]
-        lines = [charts.Line(charts.Style("rest", 0), m, charts.thin(by_model[m])) for m in others]
+        lines = [charts.Line(svg.Style("rest", 0), m, charts.thin(by_model[m])) for m in others]
         if "all" in by_model:
-            lines.append(charts.Line(charts.Style("ours", 0), "all corpora", charts.thin(by_model["all"]), bold=True))
+            lines.append(charts.Line(svg.Style("ours", 0), "all corpora", charts.thin(by_model["all"]), bold=True))
         if lines and max(len(line.points) for line in lines) > 1:
             last = lines[-1].points[-1][1]
             text = f"{name} over training steps, {len(lines)} models; {lines[-1].name} ends at {short(last)}"
-            panel = charts.line_panel(lines, label=text, x_name="training steps", y_name=name, end_labels=False)
+            top = max(value for line in lines for _, value in line.points)
+            span = (0.0, 1.05 * top) if column == "tokens_per_second" and top > 0 else None
+            panel = charts.line_panel(
+                lines, label=text, x_name="training steps", y_name="", span=span, end_labels=False
+            )
             panels.append((name[0].upper() + name[1:], panel))
     return panels
 

@@ -18,7 +18,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from isoray.errors import UserError
-from isoray.report import charts, numbers
+from isoray.report import numbers, svg
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def build(run_folder: Path) -> Path:
         "page.html.j2",
         content=content,
         run=run,
-        symbols=charts.marker_symbols(),
+        symbols=svg.marker_symbols(),
         identity=_identity(run),
         config_text=json.dumps(run.config, indent=2, ensure_ascii=False) if run.config is not None else None,
         results_text=json.dumps(run.metrics, indent=2, ensure_ascii=False) if run.metrics else None,
@@ -153,7 +153,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     made.globals.update(
-        num=numbers.num, count=numbers.count, duration=numbers.duration, plus_minus=numbers.plus_minus
+        clip=svg.clip, num=numbers.num, count=numbers.count, duration=numbers.duration, plus_minus=numbers.plus_minus
     )
     return made
 

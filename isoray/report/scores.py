@@ -1,4 +1,4 @@
-"""The tables ``influence`` and ``agreement`` of an UnTrac run, read tolerantly: what is absent is absent, never an error."""
+"""The tables ``influence`` and ``agreement`` of an UnTrac run, read tolerantly: what is absent is no error."""
 
 from __future__ import annotations
 
@@ -162,7 +162,9 @@ class Agreement:
         name = ("pearson", "spearman")[which]
         row = self._summary.get(estimator)
         if row is not None and finite(row.get(f"{name}_mean")) is not None:
-            return finite(row.get(f"{name}_mean")), finite(row.get(f"{name}_sd")) if self.seed_count(estimator) != 1 else None
+            return finite(row.get(f"{name}_mean")), finite(row.get(f"{name}_sd")) if self.seed_count(
+                estimator
+            ) != 1 else None
         by_seed: dict[str, list[float]] = defaultdict(list)
         for (other, _), cells in self._cells.items():
             for seed, pair in cells.items():
@@ -173,7 +175,9 @@ class Agreement:
 
     def seed_count(self, estimator: str) -> int:
         row = self._summary.get(estimator, {})
-        return int(finite(row.get("seeds")) or len({s for (e, _), c in self._cells.items() if e == estimator for s in c}))
+        return int(
+            finite(row.get("seeds")) or len({s for (e, _), c in self._cells.items() if e == estimator for s in c})
+        )
 
     def seconds(self, estimator: str) -> float | None:
         return finite(self._summary.get(estimator, {}).get("seconds"))

@@ -6,16 +6,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from isoray.report import charts, curves
+from isoray.report import charts, curves, svg
 from isoray.report.numbers import critical_pearson, duration, finite, mean, plain
 from isoray.report.page import Content, RunFiles, Section, render
 from isoray.report.scores import GRADIENT_BASELINES, TRUTH, Agreement, Scores, label
 from isoray.report.verdict import judge
 
-OURS = charts.Style("ours", 0)
-INVERSE = charts.Style("inverse", 1)
-REFERENCE = charts.Style("truth", 3)
-BASELINE = charts.Style("baseline", 0)
+OURS = svg.Style("ours", 0)
+INVERSE = svg.Style("inverse", 1)
+REFERENCE = svg.Style("truth", 3)
+BASELINE = svg.Style("baseline", 0)
 MANY = 12
 """Beyond this many panels the rest of a figure is folded away."""
 
@@ -55,7 +55,10 @@ def _about(scores: Scores) -> Markup:
 def _facts(run: RunFiles, scores: Scores) -> list[tuple[str, Markup | str]]:
     facts: list[tuple[str, Markup | str]] = []
     if scores.corpora:
-        facts += [_counted(len(scores.corpora), "training corpus", "training corpora"), _counted(len(scores.tests), "test set")]
+        facts += [
+            _counted(len(scores.corpora), "training corpus", "training corpora"),
+            _counted(len(scores.tests), "test set"),
+        ]
     if scores.estimated:
         facts += [_counted(len(scores.estimated), "estimator"), _counted(len(scores.seeds(scores.main)), "seed")]
         facts.append(("leave-one-out truth", "measured" if scores.truth_measured else "not measured"))
@@ -71,7 +74,9 @@ def _counted(number: int, name: str, plural: str = "") -> tuple[str, str]:
 def _answer(run: RunFiles, scores: Scores, agreement: Agreement) -> Section:
     peak = curves.peaks(run.table("curves"), scores)
     verdict = judge(scores, agreement, peak=peak)
-    body = render("untrac/answer.html.j2", verdict=verdict, main=label(scores.main), truth_measured=scores.truth_measured)
+    body = render(
+        "untrac/answer.html.j2", verdict=verdict, main=label(scores.main), truth_measured=scores.truth_measured
+    )
     return Section("answer", "The answer", body)
 
 
@@ -81,7 +86,9 @@ def _scores(scores: Scores) -> Section | None:
     ranked = [e for e in (scores.main, TRUTH) if e in scores.estimators]
     maps = [(label(e), _heat_rows(scores, e)) for e in dict.fromkeys(ranked)]
     panels = _bar_panels(scores)
-    averages = [(label(e), _cells(scores, [(c, scores.average(e, c), None) for c in scores.corpora])) for e in scores.estimators]
+    averages = [
+        (label(e), _cells(scores, [(c, scores.average(e, c), None) for c in scores.corpora])) for e in scores.estimators
+    ]
     per_test = [(t, [(label(e), _test_cells(scores, e, t)) for e in scores.estimators]) for t in scores.tests]
     body = render(
         "untrac/scores.html.j2",
@@ -119,12 +126,18 @@ def _cells(scores: Scores, values: list[tuple[str, float | None, float | None]])
         title = "" if value is None else f"{corpus}: {value!r}" + (f", sd {sd!r}" if sd is not None else "")
         side = "up" if (value or 0) > 0 else "down"
         cells.append(
-            {"text": plain(value, 1), "title": title, "side": side, "strength": strength, "top": value is not None and value == top}
+            {
+                "text": plain(value, 1),
+                "title": title,
+                "side": side,
+                "strength": strength,
+                "top": value is not None and value == top,
+            }
         )
     return cells
 
 
-def _bar_styles(scores: Scores) -> dict[str, charts.Style]:
+def _bar_styles(scores: Scores) -> dict[str, svg.Style]:
     shown = {"untrac": OURS, "untrac_inv": INVERSE, TRUTH: REFERENCE}
     if scores.main and scores.main not in shown:
         shown = {scores.main: OURS, TRUTH: REFERENCE}
@@ -147,7 +160,7 @@ def _bar_panels(scores: Scores) -> list[tuple[str, Markup]]:
 
 
 def _bar_panel(
-    scores: Scores, test: str, shown: list[str], styles: dict[str, charts.Style], low: float, high: float
+    scores: Scores, test: str, shown: list[str], styles: dict[str, svg.Style], low: float, high: float
 ) -> Markup:
     rows = []
     for corpus in scores.corpora:
@@ -160,7 +173,9 @@ def _bar_panel(
                 marks.append(charts.Mark(styles[label(estimator)], value, title, sd, diamond))
         rows.append(charts.BarRow(corpus, marks))
     order = ", ".join(f"{c} {plain(scores.mean(scores.main, test, c), 1)}" for c in scores.ranking(scores.main, test))
-    return charts.bar_panel(rows, label=f"Standardised {label(scores.main)} scores on {test}: {order}", low=low, high=high)
+    return charts.bar_panel(
+        rows, label=f"Standardised {label(scores.main)} scores on {test}: {order}", low=low, high=high
+    )
 
 
 def _truth(scores: Scores, agreement: Agreement) -> Section | None:
@@ -179,7 +194,7 @@ def _truth(scores: Scores, agreement: Agreement) -> Section | None:
         }
         for e in order
     ]
-    styles = charts.styles(scores.corpora)
+    styles = svg.styles(scores.corpora)
     body = render(
         "untrac/truth.html.j2",
         rows=rows,
@@ -194,7 +209,7 @@ def _truth(scores: Scores, agreement: Agreement) -> Section | None:
     return Section("truth", "Estimates against the truth", body)
 
 
-def _style_of(estimator: str) -> charts.Style:
+def _style_of(estimator: str) -> svg.Style:
     return {"untrac": OURS, "untrac_inv": INVERSE, TRUTH: REFERENCE}.get(estimator, BASELINE)
 
 
@@ -212,7 +227,9 @@ def _strip(scores: Scores, agreement: Agreement, order: list[str]) -> Markup:
     return charts.strip_panel(rows, label=f"Pearson correlation with leave-one-out truth, mean over test sets: {text}")
 
 
-def _scatter(scores: Scores, agreement: Agreement, estimator: str, styles: dict[str, charts.Style]) -> tuple[Markup, Markup]:
+def _scatter(
+    scores: Scores, agreement: Agreement, estimator: str, styles: dict[str, svg.Style]
+) -> tuple[Markup, Markup]:
     points, reach = [], 2.0
     for test in scores.tests:
         for corpus, x, y in scores.pairs(estimator, test):
@@ -280,7 +297,7 @@ def _cost(run: RunFiles) -> Section | None:
         rows=filled,
         total=total,
         workers=sum(finite(r.get("worker_seconds")) or 0.0 for r in rows),
-        slowest=max(filled, key=lambda r: r["share"]),
+        slowest=max(filled, key=lambda r: float(r["share"] or 0.0)),
     )
     return Section("cost", "Time and cost", body)
 

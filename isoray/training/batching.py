@@ -17,7 +17,7 @@ from isoray.corpora.collate import collate
 from isoray.corpora.store import Block
 from isoray.corpora.stream import BlockStream
 from isoray.objectives.reduce import IGNORE, Batch
-from isoray.training.config import TrainingConfig
+from isoray.training.config import ComputeConfig
 from isoray.training.parallel import Ranks
 
 Layout = Literal["causal", "seq2seq"]
@@ -65,13 +65,13 @@ class MicroBatches:
     def __init__(
         self,
         streams: Mapping[str, BlockStream],
-        config: TrainingConfig,
+        compute: ComputeConfig,
         ranks: Ranks,
         *,
         pad_token_id: int,
         layout: Layout,
     ) -> None:
-        self._streams, self._config, self._ranks = streams, config, ranks
+        self._streams, self._compute, self._ranks = streams, compute, ranks
         self._pad, self._layout = pad_token_id, layout
 
     def at(self, step: int) -> list[dict[str, Batch]]:
@@ -94,8 +94,8 @@ class MicroBatches:
         plan = cut(
             stream.lengths(refs),
             world=self._ranks.world,
-            max_tokens=self._config.micro_batch_tokens,
-            max_rows=self._config.micro_batch_rows,
+            max_tokens=self._compute.micro_batch_tokens,
+            max_rows=self._compute.micro_batch_rows,
         )
         batches = []
         for rows in plan[self._ranks.rank]:

@@ -1,4 +1,4 @@
-"""Settings of one training."""
+"""Settings of a training, and of how the model is computed."""
 
 from __future__ import annotations
 
@@ -10,8 +10,27 @@ from isoray.config.base import Config
 from isoray.training.optim import AdamConfig, OptimizerConfig, ScheduleConfig
 
 
+class ComputeConfig(Config):
+    """How the model is computed. Speed and memory only: beyond rounding, no result depends on it (but on bf16)."""
+
+    micro_batch_tokens: PositiveInt = 4096
+    """Most padded tokens of one forward and backward pass of one worker; a larger batch is accumulated."""
+    micro_batch_rows: PositiveInt | None = None
+    """Most rows of one pass of one worker, where memory per row matters more than per token."""
+    evaluation_batch_tokens: PositiveInt = 4096
+    """Most padded tokens of one pass without gradients."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """`bf16`: autocast of the forward pass, weights and optimizer stay as they are (needs bf16 units to be fast)."""
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    """With several workers: replicate the model (`ddp`) or shard it (`fsdp`, FSDP2)."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    compile: bool = False
+    """`torch.compile` of the transformer blocks."""
+
+
 class TrainingConfig(Config):
-    """How a model is trained: length, batches, optimizer, precision, parallelism."""
+    """How a model is trained: length, batches, optimizer, what is measured on the way."""
 
     steps: PositiveInt | None = None
     """Optimizer steps; give this or `epochs`."""
@@ -19,24 +38,12 @@ class TrainingConfig(Config):
     """Passes over the data; give this or `steps`."""
     batch_size: PositiveInt = 8
     """Blocks (rows) per optimizer step, over all workers."""
-    micro_batch_tokens: PositiveInt = 8192
-    """Most padded tokens of one forward pass of one worker; a batch above it is accumulated."""
-    micro_batch_rows: PositiveInt | None = None
-    """Most rows of one forward pass of one worker, where memory per row matters more than per token."""
     optimizer: OptimizerConfig = AdamConfig()
     """The optimizer and its learning rate."""
     schedule: ScheduleConfig = ScheduleConfig()
     """The learning-rate schedule."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Clip the norm of the whole gradient; none = no clipping."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """`bf16`: autocast of the forward pass, weights and optimizer stay as they are (needs bf16 units to be fast)."""
-    activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
-    compile: bool = False
-    """`torch.compile` of the decoder blocks."""
-    parallel: Literal["ddp", "fsdp"] = "ddp"
-    """With several workers: replicate the model (`ddp`) or shard it (`fsdp`, FSDP2)."""
     evaluate_every: PositiveInt | None = None
     """Evaluate the named sets every so many steps, and at the end; none = only at the end."""
     checkpoint_every: PositiveInt | None = None
@@ -44,12 +51,12 @@ class TrainingConfig(Config):
     keep_checkpoints: PositiveInt = 1
     """Complete checkpoints kept."""
     log_every: PositiveInt = 10
-    """Log loss, gradient norm and throughput every so many steps."""
+    """Report loss, gradient norm and throughput every so many steps."""
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
-            raise ValueError("give either `steps` or `epochs`, not both and not neither")
+            raise ValueError("give exactly one of `steps` and `epochs`, and set the other to null")
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:

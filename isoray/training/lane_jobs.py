@@ -189,7 +189,13 @@ class JobQueue:
         self.emit("finished", lane=lane, job=job.key, fraction=1.0)
 
     def emit(
-        self, kind: EventKind, *, lane: int | None = None, job: str | None = None, fraction: float = 0.0, message: str = ""
+        self,
+        kind: EventKind,
+        *,
+        lane: int | None = None,
+        job: str | None = None,
+        fraction: float = 0.0,
+        message: str = "",
     ) -> None:
         if self._on_event is not None:
             done = len(self._records)

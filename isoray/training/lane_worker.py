@@ -10,18 +10,27 @@ import socket
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from isoray import errors
 from isoray.errors import IsorayError, NumericError
 from isoray.run import to_json
+from isoray.training.lane_jobs import Job, JobQueue, JobRecord, LaneEvent
 from isoray.training.memory import peak_memory_mb
 
-if TYPE_CHECKING:
-    from isoray.training.lane_jobs import Job
+PROGRESS_S = 1.0
+"""How often a person is told how far a job is."""
+
+OpenBench = Callable[["Rank"], Any]
+"""Makes what jobs work on (loads the model, maps the data) in a worker process, once for all its jobs."""
 
 
 @dataclass(frozen=True)
@@ -94,15 +103,13 @@ class LaneWorker:
         """Take a place; rank 0 of several starts the store at which its lane meets, on a free port of its node."""
         host, port = self._address(), None
         if rank == 0 and world > 1:
-            from torch.distributed import TCPStore
-
             self._store = TCPStore(host, 0, world, is_master=True, wait_for_workers=False)
             port = self._store.port
         return Seat(host, os.getpid(), port)
 
     def open(
         self,
-        open_bench: Callable[[Rank], Any],
+        open_bench: OpenBench,
         *,
         rank: int,
         world: int,
@@ -120,9 +127,9 @@ class LaneWorker:
                 self._join(rank, world, meeting, gpus=gpus, timeout=timedelta(seconds=collective_timeout_s))
             self._rank = Rank(rank, world, lane, device, threads, self._progress)
             self._bench = open_bench(self._rank)
-        except Exception as error:  # the worker's entry: every error goes to the driver, which decides
+        except Exception as error:  # noqa: BLE001 - the worker's entry: the driver decides
             return failed(error)
-        return Done(None, time.perf_counter() - started, peak_memory_mb())
+        return Done(None, time.perf_counter() - started, peak_memory_mb(torch.device(self._rank.device)))
 
     def run(self, job: Job) -> Done | Failed:
         """Run one job on the bench."""
@@ -132,9 +139,9 @@ class LaneWorker:
         try:
             result = job.run(self._bench)
             plain = as_json(job.key, result) if self._rank.rank == 0 else None
-        except Exception as error:  # the worker's entry
+        except Exception as error:  # noqa: BLE001 - the worker's entry
             return failed(error)
-        return Done(plain, time.perf_counter() - started, peak_memory_mb())
+        return Done(plain, time.perf_counter() - started, peak_memory_mb(torch.device(self._rank.device)))
 
     def beat(self) -> tuple[int, float]:
         """How often progress was made so far, and how far the current job is."""
@@ -152,18 +159,14 @@ class LaneWorker:
         self._fraction = fraction
 
     def _join(self, rank: int, world: int, meeting: Seat, *, gpus: float, timeout: timedelta) -> None:
-        from torch import distributed
-
         if rank > 0:
             assert meeting.port is not None
-            self._store = distributed.TCPStore(meeting.host, meeting.port, world, is_master=False, timeout=timeout)
+            self._store = TCPStore(meeting.host, meeting.port, world, is_master=False, timeout=timeout)
         backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
         distributed.init_process_group(backend, store=self._store, rank=rank, world_size=world, timeout=timeout)
 
 
 def _prepare_torch(*, threads: int, gpus: float) -> str:
-    import torch
-
     torch.set_num_threads(threads)  # of this thread and what it calls, which is where jobs run
     if not gpus:
         return "cpu"
@@ -188,7 +191,7 @@ def failed(error: Exception) -> Failed:
     try:
         pickled = pickle.dumps(bare)
         pickle.loads(pickled)
-    except Exception:  # whatever a foreign exception's own pickling raises
+    except Exception:  # noqa: BLE001 - a foreign exception's own pickling may raise anything
         if isinstance(error, IsorayError):
             nearest = next(kind for kind in type(error).__mro__ if kind.__module__ == errors.__name__)
             bare = nearest(str(error))
@@ -199,9 +202,63 @@ def failed(error: Exception) -> Failed:
 
 
 def _is_echo(error: Exception) -> bool:
-    from torch import distributed
-
     if isinstance(error, distributed.DistError):
         return True
     # Gloo reports a closed connection or a timeout as a bare RuntimeError that names its own source file.
     return isinstance(error, RuntimeError) and ("gloo/" in str(error) or "Connection closed by peer" in str(error))
+
+
+class InProcess:
+    """One lane of one worker, which is this process: the same jobs and result files without Ray."""
+
+    def __init__(self, open_bench: OpenBench, *, threads: int, gpus: float) -> None:
+        self._open_bench = open_bench
+        self._threads = threads
+        self._device = "cuda:0" if gpus else "cpu"
+        self._bench: Any = None
+        self._opened = False
+        self._progress: Callable[[float], None] | None = None
+
+    def run(
+        self,
+        jobs: Sequence[Job],
+        *,
+        results: Path,
+        bench_digest: str = "",
+        on_event: Callable[[LaneEvent], None] | None = None,
+    ) -> dict[str, JobRecord]:
+        """See :meth:`isoray.training.lanes.Lanes.run`."""
+        queue = JobQueue(jobs, results=results, bench_digest=bench_digest, on_event=on_event)
+        threads_before = torch.get_num_threads()
+        torch.set_num_threads(self._threads)
+        try:
+            while (job := queue.take()) is not None:
+                self._do(job, queue)
+        finally:
+            torch.set_num_threads(threads_before)
+        return queue.records()
+
+    def _do(self, job: Job, queue: JobQueue) -> None:
+        told = time.monotonic()
+
+        def progress(fraction: float) -> None:
+            nonlocal told
+            if time.monotonic() - told >= PROGRESS_S:
+                told = time.monotonic()
+                queue.progress(job, fraction, lane=0)
+
+        self._progress = progress
+        if not self._opened:
+            rank = Rank(0, 1, 0, self._device, self._threads, self._on_progress)
+            self._bench = self._open_bench(rank)
+            self._opened = True
+        queue.started(job, lane=0)
+        started = time.perf_counter()
+        result = as_json(job.key, job.run(self._bench))
+        seconds = time.perf_counter() - started
+        peak = peak_memory_mb(torch.device(self._device))
+        queue.finish(job, result=result, seconds=seconds, peak_memory_mb=peak, lane=0)
+
+    def _on_progress(self, fraction: float) -> None:
+        if self._progress is not None:
+            self._progress(fraction)

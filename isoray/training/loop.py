@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from isoray.training.batching import Layout, MicroBatches
 from isoray.training.config import TrainingConfig
 from isoray.training.memory import peak_memory_mb
 from isoray.training.optim import make_optimizer
-from isoray.training.parallel import Parallel, Ranks, transformer_blocks
+from isoray.training.parallel import Parallel, Ranks
 from isoray.training.state import Checkpoints
 
 Evaluator = Callable[[Parallel], dict[str, float]]
@@ -51,7 +51,7 @@ class Step:
 
 
 def train(
-    model: nn.Module,
+    parallel: Parallel,
     objective: Objective,
     streams: Mapping[str, BlockStream],
     config: TrainingConfig,
@@ -59,97 +59,79 @@ def train(
     seed: int,
     pad_token_id: int,
     layout: Layout = "causal",
-    ranks: Ranks | None = None,
     reference: nn.Module | None = None,
     evaluator: Evaluator | None = None,
     evaluate_first: bool = False,
     checkpoints: Checkpoints | None = None,
+    pause_every: int | None = None,
 ) -> Iterator[Step]:
-    """Train ``model`` in place, from the latest checkpoint where there is one; yields reports as it goes.
+    """Train the model of ``parallel`` in place, from the latest checkpoint where there is one; yields reports.
 
     Args:
-        model: a Transformers model whose trainable parameters require gradients.
         streams: a stream of blocks for each of the objective's roles.
         evaluate_first: also evaluate the state before the first step.
+        pause_every: yield at least every so many steps, so that the caller can look at the model between them.
 
     Raises:
         NumericError: a loss or gradient is not finite, or nothing trains.
         InfraError: a checkpoint could not be written.
     """
-    ranks = ranks or Ranks.current()
     assert set(objective.roles) == set(streams), f"{objective.kind} needs the roles {objective.roles}"
     total = config.total_steps(next(iter(streams.values())).steps_per_epoch)
-    _prepare(model, config)
-    parallel = Parallel(model, ranks, strategy=config.parallel, precision=config.precision)
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    parameters = [p for p in parallel.model.parameters() if p.requires_grad]
+    guard = _Guard(parameters, parallel.ranks)
     optimizer = make_optimizer(config.optimizer, parameters)
-    base_rates = [float(group["lr"]) for group in optimizer.param_groups]
+    rates = [float(group["lr"]) for group in optimizer.param_groups]
+    micro_batches = MicroBatches(
+        streams, parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout
+    )
     start = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
-        start = checkpoints.load(latest, model, optimizer)
-    micro_batches = MicroBatches(streams, config, ranks, pad_token_id=pad_token_id, layout=layout)
-    guard = _Guard(parameters, ranks)
-    clock = _Clock()
-
-    model.train()
+        start = checkpoints.load(latest, parallel.model, optimizer)
     if evaluator is not None and evaluate_first and start == 0:
         yield Step(0, total, evaluation=evaluator(parallel))
-        clock.restart()
+
+    def due(every: int | None, step: int) -> bool:
+        return every is not None and (step + 1) % every == 0
+
+    parallel.model.train()
+    clock = _Clock()
     for step in range(start, total):
+        last = step + 1 == total
+        logs, evaluates = last or due(config.log_every, step), last or due(config.evaluate_every, step)
         # Dropout depends on nothing but the step, so a resumed run draws what the undisturbed one drew.
-        torch.manual_seed(int(digest_of([seed, step, ranks.rank]), 16))
+        torch.manual_seed(int(digest_of([seed, step, parallel.ranks.rank]), 16))
+        for group, rate in zip(optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate * config.schedule.factor(step, total)
         sums, counts = _backward(parallel, objective, micro_batches.at(step), step, reference)
-        rate = config.schedule.factor(step, total)
-        for group, base in zip(optimizer.param_groups, base_rates, strict=True):
-            group["lr"] = base * rate
-        logs = (step + 1) % config.log_every == 0 or step + 1 == total
+        clock.add(counts)
         norm = None
         if config.clip_norm is not None or logs or step == start:
-            norm = parallel.gradient_norm(parameters)
-            guard.check_gradient(norm, step)
+            norm = guard.check_gradient(parallel.gradient_norm(parameters), step)
         if config.clip_norm is not None and norm is not None:
             parallel.clip(parameters, config.clip_norm, norm)
-        if step == start:
-            guard.remember()
-        optimizer.step()
+        with guard.expect_change(step) if step == start else nullcontext():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if step == start:
-            guard.check_change(step)
 
-        clock.add(counts)
-        evaluates = evaluator is not None and (
-            step + 1 == total or (config.evaluate_every is not None and (step + 1) % config.evaluate_every == 0)
-        )
-        report: dict[str, Any] = {}
-        if logs or evaluates:
+        if checkpoints is not None and due(config.checkpoint_every, step) and not last:
+            checkpoints.save(parallel.model, optimizer, step=step + 1, ranks=parallel.ranks)
+        if logs or evaluates or due(pause_every, step):
             terms = guard.check_terms(sums, counts, step)
             coefficients = objective.coefficients(step)
-            report = {
-                "loss": sum(coefficients[name] * value for name, value in terms.items()),
-                "terms": terms,
-                "gradient_norm": None if norm is None else float(norm),
-                "learning_rate": optimizer.param_groups[0]["lr"],
-                "tokens_per_second": clock.tokens_per_second(),
-                "peak_memory_mb": peak_memory_mb(ranks.device),
-            }
-        if evaluator is not None and evaluates:
-            report["evaluation"] = evaluator(parallel)
-        if checkpoints is not None and config.checkpoint_every is not None:
-            if (step + 1) % config.checkpoint_every == 0 and step + 1 < total:
-                checkpoints.save(model, optimizer, step=step + 1, ranks=ranks)
-        if report:
-            yield Step(step + 1, total, **report)
+            report = Step(
+                step + 1,
+                total,
+                loss=sum(coefficients[name] * value for name, value in terms.items()),
+                terms=terms,
+                gradient_norm=None if norm is None else float(norm),
+                learning_rate=optimizer.param_groups[0]["lr"],
+                tokens_per_second=clock.tokens_per_second(),
+                peak_memory_mb=peak_memory_mb(parallel.ranks.device),
+                evaluation=evaluator(parallel) if evaluator is not None and evaluates else None,
+            )
+            yield report
             clock.restart()
-
-
-def _prepare(model: nn.Module, config: TrainingConfig) -> None:
-    if config.activation_checkpointing:
-        hf_model: Any = model
-        hf_model.gradient_checkpointing_enable({"use_reentrant": False})
-        hf_model.enable_input_require_grads()  # with frozen embeddings (LoRA) nothing would train without it
-    if config.compile:
-        for block in transformer_blocks(model):
-            block.compile()
 
 
 def _backward(
@@ -190,9 +172,9 @@ class _Guard:
         if not parameters:
             raise NumericError("nothing can train: no parameter of the model requires a gradient.")
         self._parameters, self._ranks = parameters, ranks
-        self._before: list[Tensor] = []
 
-    def check_gradient(self, norm: Tensor, step: int) -> None:
+    def check_gradient(self, norm: Tensor, step: int) -> Tensor:
+        """The norm itself; raises NumericError when it is zero or not finite."""
         value = float(norm)
         if value == 0.0:
             raise NumericError(
@@ -204,18 +186,18 @@ class _Guard:
                 f"step {step + 1}: the gradient's norm is {value}. Lower training.optimizer.lr, set "
                 "training.clip_norm, or use precision fp32; the last checkpoint is kept."
             )
+        return norm
 
-    def remember(self) -> None:
-        """Keep a sample of each parameter: those that have the largest gradients move, whatever the optimizer."""
-        self._before = [self._sample(p).clone() for p in self._parameters]
-
-    def check_change(self, step: int) -> None:
+    @contextmanager
+    def expect_change(self, step: int) -> Iterator[None]:
+        """Raises NumericError when the update inside the block leaves a sample of every parameter as it was."""
+        before = [self._sample(p).clone() for p in self._parameters]
+        yield
         changed = torch.tensor(
-            any(not torch.equal(old, self._sample(p)) for old, p in zip(self._before, self._parameters, strict=True)),
+            any(not torch.equal(old, self._sample(p)) for old, p in zip(before, self._parameters, strict=True)),
             dtype=torch.int64,
             device=self._ranks.device,
         )
-        self._before = []
         if int(self._ranks.sum(changed)) == 0:
             raise NumericError(
                 f"step {step + 1}: no weight changed. The learning rate is too small for the weights' precision."

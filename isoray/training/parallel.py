@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
+
+from isoray.training.config import ComputeConfig
 
 
 @dataclass(frozen=True)
@@ -54,27 +56,35 @@ class _Inside(nn.Module):
 
 
 class Parallel:
-    """A model on this rank's device, spread over the ranks."""
+    """A model on this rank's device, spread over the ranks. Made once per model, for any number of trainings."""
 
-    def __init__(
-        self, model: nn.Module, ranks: Ranks, *, strategy: Literal["ddp", "fsdp"], precision: Literal["fp32", "bf16"]
-    ) -> None:
-        self.model, self.ranks, self.strategy = model, ranks, strategy
-        self.precision = precision
-        self._inside: nn.Module = _Inside(model.to(ranks.device))
-        if ranks.world > 1 and strategy == "ddp":
-            # The objective's sums are divided by global counts, so every rank must hold the same starting weights and
-            # nothing else is broadcast: buffers (rotary tables, masks) are constants.
-            self._inside = DistributedDataParallel(self._inside, broadcast_buffers=False, gradient_as_bucket_view=True)
-        elif ranks.world > 1:
+    def __init__(self, model: nn.Module, ranks: Ranks | None = None, compute: ComputeConfig | None = None) -> None:
+        self.model = model
+        self.ranks = ranks or Ranks.current()
+        self.compute = compute or ComputeConfig()
+        self.sharded = self.ranks.world > 1 and self.compute.parallel == "fsdp"
+        """Whether every forward pass is a collective operation."""
+        self._inside: nn.Module = _Inside(model.to(self.ranks.device))
+        if self.compute.activation_checkpointing:
+            hf_model: Any = model
+            hf_model.gradient_checkpointing_enable({"use_reentrant": False})
+            hf_model.enable_input_require_grads()  # with frozen embeddings (LoRA) nothing would train without it
+        if self.compute.compile:
+            for block in transformer_blocks(model):
+                block.compile()
+        if self.sharded:
             policy = (
                 MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-                if precision == "bf16"
+                if self.compute.precision == "bf16"
                 else MixedPrecisionPolicy()
             )
             for block in transformer_blocks(model):
                 fully_shard(block, mp_policy=policy)
             fully_shard(self._inside, mp_policy=policy)
+        elif self.ranks.world > 1:
+            # The objective's sums are divided by global counts, so every rank must hold the same starting weights and
+            # nothing else is broadcast: buffers (rotary tables, masks) are constants.
+            self._inside = DistributedDataParallel(self._inside, broadcast_buffers=False, gradient_as_bucket_view=True)
 
     def call(self, function: Callable[..., Any], *args: Any) -> Any:
         """``function(model, *args)`` with gradient hooks and autocast."""
@@ -88,7 +98,7 @@ class Parallel:
         self.model.eval()
         try:
             with self._autocast():
-                if self.strategy == "fsdp" and self.ranks.world > 1:
+                if self.sharded:
                     return self._inside(function, *args)
                 return function(self.model, *args)
         finally:
@@ -102,7 +112,7 @@ class Parallel:
             with inside.no_sync():
                 yield
             return
-        if self.strategy == "fsdp" and self.ranks.world > 1:
+        if self.sharded:
             cast("Any", inside).set_requires_gradient_sync(last)
         yield
 
@@ -118,7 +128,7 @@ class Parallel:
         torch.nn.utils.clip_grads_with_norm_(parameters, limit, norm)
 
     def _autocast(self) -> AbstractContextManager[Any]:
-        if self.precision == "bf16":
+        if self.compute.precision == "bf16":
             return torch.autocast(self.ranks.device.type, torch.bfloat16)
         return nullcontext()
 

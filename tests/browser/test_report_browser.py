@@ -1,0 +1,82 @@
+"""The report as a real browser shows it: headless Chromium, without a network."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from report_data import TESTS, results, write_run
+
+from isoray.report import build
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+pytestmark = pytest.mark.skipif(
+    CHROMIUM is None, reason="needs a headless browser: apt-get install chromium, or any Chrome on the PATH"
+)
+
+
+def browse(page: Path, profile: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    assert CHROMIUM is not None
+    command = [
+        CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
+        "--disable-background-networking", "--enable-logging=stderr", f"--user-data-dir={profile}", *arguments,
+        page.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(write_run(tmp_path_factory.mktemp("run"), results(tests=TESTS[:3])))
+
+
+def test_the_answer_is_shown_without_console_errors(report: Path, tmp_path: Path) -> None:
+    shown = browse(report, tmp_path, "--dump-dom")
+    assert "CONSOLE" not in shown.stderr, shown.stderr
+    lead = re.search(r'<p class="lead">(.*?)</p>', shown.stdout, re.DOTALL)
+    assert lead is not None
+    assert "helped most on" in lead.group(1)
+    assert shown.stdout.count('role="img"') > 10
+
+
+def test_console_errors_would_be_noticed(report: Path, tmp_path: Path) -> None:
+    # Guards the test above: a script and an image from elsewhere are refused by the page's policy, and that is logged.
+    broken = tmp_path / "broken.html"
+    bad = '<script>console.error("x")</script><img src="http://localhost:1/x.png"></body>'
+    broken.write_text(report.read_text().replace("</body>", bad))
+    assert "CONSOLE" in browse(broken, tmp_path / "profile", "--dump-dom").stderr
+
+
+def test_only_citations_point_to_the_network(report: Path) -> None:
+    page = report.read_text()
+    addresses = set(re.findall(r"https?://[^\s\"'<)]+", page))
+    assert addresses == {"https://arxiv.org/abs/2401.15241"}
+    assert all(tag.startswith("<a ") for tag in re.findall(r"<[^>]*https?://[^>]*>", page))
+
+
+@pytest.mark.parametrize(("width", "dark"), [(1200, False), (1200, True), (500, False)])
+def test_renders_in_light_and_dark_and_on_a_phone(report: Path, tmp_path: Path, width: int, dark: bool) -> None:
+    picture = tmp_path / "page.png"
+    scheme = ["--blink-settings=preferredColorScheme=0"] if dark else []
+    browse(report, tmp_path / "profile", f"--screenshot={picture}", f"--window-size={width},1600", *scheme)
+    data = picture.read_bytes()
+    assert struct.unpack(">II", data[16:24]) == (width, 1600)
+    assert len(data) > 40_000, "a page of text and figures does not compress to less"
+
+
+@pytest.mark.parametrize("width", [500, 1200])
+def test_nothing_but_tables_scrolls_sideways(report: Path, tmp_path: Path, width: int) -> None:
+    # The page allows no scripts of its own, so the copy that measures it goes without the policy.
+    measure = "<script>document.title = document.documentElement.scrollWidth + ' of ' + innerWidth</script></body>"
+    page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text())
+    copy = tmp_path / "copy.html"
+    copy.write_text(page.replace("</body>", measure))
+    shown = browse(copy, tmp_path / "profile", "--dump-dom", f"--window-size={width},1600").stdout
+    found = re.search(r"<title>(\d+) of (\d+)</title>", shown)
+    assert found is not None
+    assert int(found.group(1)) <= int(found.group(2))

@@ -1,0 +1,1 @@
+"""Components for the slot of the toy recipe."""
