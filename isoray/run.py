@@ -91,9 +91,7 @@ class Run:
         assert re.fullmatch(r"\w[\w.=+-]*", name), f"step name {name!r} is no plain file name"
         return self.folder / "steps" / name
 
-    def step(
-        self, name: str, inputs: object, work: Callable[[Path], object], *, resumable: bool = False
-    ) -> Any:
+    def step(self, name: str, inputs: object, work: Callable[[Path], object], *, resumable: bool = False) -> Any:
         """Do ``work(folder)`` unless the step ``name`` was done with the same ``inputs``; give back its result.
 
         ``inputs`` (JSON-able) is everything the result depends on; with isoray's version it decides whether a step that

@@ -27,7 +27,6 @@ class Bench:
 
     rank: Rank
     weights: torch.Tensor
-    opened: int = 0
 
 
 @dataclass(frozen=True)
@@ -35,11 +34,14 @@ class MakeBench:
     """Opens a bench and leaves a mark of it in ``marks`` (one file per opening, with the process id)."""
 
     marks: Path | None = None
-    slow_s: float = 0.0
+    dies: bool = False
+    """The worker kills itself instead."""
 
     def __call__(self, rank: Rank) -> Bench:
         if self.marks is not None:
             (self.marks / f"bench-{rank.lane}-{rank.rank}-{os.getpid()}").touch()
+        if self.dies:
+            os.kill(os.getpid(), signal.SIGKILL)
         return Bench(rank, torch.linspace(0, 1, 64, dtype=torch.float64))
 
 
@@ -55,6 +57,8 @@ class Walk:
     """Where the job says that it was started, by whom."""
     gate: Path | None = field(default=None, compare=False)
     """Half-way the job waits, for at most a minute, until this file is there."""
+    step_s: float = field(default=0.0, compare=False)
+    """How long a step takes at least."""
 
     def run(self, bench: Bench) -> Mapping[str, Any]:
         rank = bench.rank
@@ -69,6 +73,7 @@ class Walk:
             if rank.world > 1:
                 distributed.all_reduce(weights)
                 weights /= rank.world
+            time.sleep(self.step_s)
             rank.progress((step + 1) / self.steps)
         return {"sum": weights.sum().item(), "threads": torch.get_num_threads(), "world": rank.world}
 

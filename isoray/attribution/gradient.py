@@ -16,8 +16,8 @@ Batch = Mapping[str, Tensor]
 
 LossSums = Callable[[nn.Module, Batch], Tensor]
 """The SUM over the examples of a micro-batch of each example's mean token NLL (a scalar): additive over micro-batches,
-so no result depends on how they are cut, as :func:`isoray.objectives.reduce.example_nll_sum` is. For Hessians it must be
-twice differentiable."""
+so no result depends on how they are cut, as :func:`isoray.objectives.reduce.example_nll_sum` is. For Hessians it must
+be twice differentiable."""
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:

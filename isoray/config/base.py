@@ -51,13 +51,9 @@ class Config(BaseModel):
             return value
         filled = dict(value)
         for name, field in cls.model_fields.items():
-            given, default = filled.get(name), default_config(field)
-            if default is None or not isinstance(given, Mapping):
-                continue
-            kind = getattr(default, "kind", None)
-            if given.get("kind", kind) == kind:
-                kept = default.model_dump(exclude_unset=True) | ({} if kind is None else {"kind": kind})
-                filled[name] = _merged(kept, given)
+            default = default_config(field)
+            if default is not None and name in filled:
+                filled[name] = _on_top_of(default, filled[name])
         return filled
 
     def digest(self) -> str:
@@ -73,11 +69,19 @@ def default_config(field: FieldInfo) -> Config | None:
     return default if isinstance(default, Config) else None
 
 
+def _on_top_of(default: Config, given: object) -> object:
+    kept: dict[str, Any] = default.model_dump(exclude_unset=True)
+    kind = getattr(default, "kind", None)
+    if kind is not None:
+        kept["kind"] = kind
+    return _merged(kept, given) if isinstance(given, Mapping) and same_kind(kept, given) else given
+
+
 def _merged(kept: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(kept)
     for key, value in given.items():
         old = result.get(key)
-        result[key] = _merged(old, value) if same_kind(old, value) else value
+        result[key] = _merged(old, value) if isinstance(old, Mapping) and same_kind(old, value) else value
     return result
 
 

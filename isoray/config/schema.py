@@ -41,8 +41,8 @@ def schema(kind: str | None = None) -> dict[str, Any]:
 
 
 def _of_parts(schema: Any) -> Any:
-    """``schema`` for mappings that may lack keys: nothing is required in a config, and ``oneOf`` becomes ``anyOf``, since
-    a mapping without its ``kind`` fits several members of a union."""
+    """``schema`` for mappings that may lack keys: nothing is required in a config, and ``oneOf`` becomes ``anyOf``,
+    since a mapping without its ``kind`` fits several members of a union."""
     if isinstance(schema, list):
         return [_of_parts(item) for item in schema]
     if not isinstance(schema, dict):

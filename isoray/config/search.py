@@ -100,9 +100,7 @@ class _Section(Config):
     search: dict[str, Dimension]
 
 
-def check(
-    search: object, model: type[BaseModel], value: Mapping[str, Any]
-) -> tuple[dict[str, Any], dict[Dotted, str]]:
+def check(search: object, model: type[BaseModel], value: Mapping[str, Any]) -> tuple[dict[str, Any], dict[Dotted, str]]:
     """The dimensions of a ``search:`` section, and what is wrong with them (path of keys -> one line).
 
     Every end of a range and every choice is put into ``value`` (the config file's mapping, valid for ``model``) in

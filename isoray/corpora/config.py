@@ -88,7 +88,9 @@ class CorpusConfig(Config):
     def _one_origin(self) -> Self:
         given = [name for name in ("path", "hub", "generator") if getattr(self, name) is not None]
         if len(given) != 1:
-            raise ValueError(f"corpus {self.name!r} needs exactly one of path, hub and generator; it has {given or 'none'}")
+            raise ValueError(
+                f"corpus {self.name!r} needs exactly one of path, hub and generator; it has {given or 'none'}"
+            )
         return self
 
 

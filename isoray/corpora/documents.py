@@ -23,7 +23,7 @@ from isoray.corpora.config import CorpusConfig
 from isoray.corpora.files import InputFile, sha256_of
 from isoray.corpora.manifest import Record
 from isoray.corpora.read import BadRow, Row, lines_before, read_split
-from isoray.corpora.rows import HUGE_CHARS, Document, Fault, Mapper, MissingColumn
+from isoray.corpora.rows import HUGE_CHARS, Document, Mapper, MissingColumn
 from isoray.corpora.shards import atomic_folder, token_dtype
 from isoray.corpora.splits import Split
 from isoray.corpora.tokenise import Tokenizer
@@ -149,8 +149,7 @@ def read_documents(
     corpus = plan.corpus
     counts = counts if counts is not None else _Counts()
     mapper = Mapper(corpus)
-    lines: int | None = None
-    for row in _rows(plan, split, mapper):
+    for row in raw_rows(plan, split, mapper):
         counts.rows += 1
         found = row if isinstance(row, BadRow) else mapper.document(row)
         if found is None:
@@ -160,16 +159,14 @@ def read_documents(
                 counts.notes["huge_document"] += 1
             yield found
         else:
-            lines = lines if lines is not None else _lines_before(plan, split)
-            where = f"{_name_of(plan, split)}, {_unit(plan, split)} {lines + row.line}"
             if corpus.on_bad_row == "fail":
-                raise DataError(bad_row_message(corpus, where, found.detail))
+                raise DataError(bad_row_message(corpus, position_of(plan, split, row.line), found.detail))
             counts.issues[found.kind] += 1
-            if found.kind == "missing_column":
-                counts.missing = counts.missing or f"{where}: {found.detail}"
+            if found.kind == "missing_column" and not counts.missing:
+                counts.missing = f"{position_of(plan, split, row.line)}: {found.detail}"
             if corpus.on_bad_row == "quarantine" and quarantine is not None:
                 raw = row.raw if isinstance(row, BadRow) else row.values
-                _set_aside(quarantine, _name_of(plan, split), lines + row.line, found.kind, found.detail, raw)
+                write_quarantine(quarantine, position_of(plan, split, row.line), found.kind, found.detail, raw)
     if plan.files and plan.files[split.file].bytes == 0:
         counts.notes["empty_file"] += 1
 
@@ -177,43 +174,42 @@ def read_documents(
 def bad_row_message(corpus: CorpusConfig, where: str, detail: str) -> str:
     """What a person is told about a bad row."""
     return (
-        f"corpus {corpus.name!r}: {where}: {detail}. Mend or remove it, or set `on_bad_row: skip` (left out and counted) "
-        "or `quarantine` (also set aside in a file) for this corpus"
+        f"corpus {corpus.name!r}: {where}: {detail}. Mend or remove it, or set `on_bad_row: skip` (left out and "
+        "counted) or `quarantine` (also set aside in a file) for this corpus"
     )
 
 
-def _rows(plan: CorpusPlan, split: Split, mapper: Mapper) -> Iterator[Row | BadRow]:
+def raw_rows(plan: CorpusPlan, split: Split, mapper: Mapper | None = None) -> Iterator[Row | BadRow]:
+    """The rows of ``split`` as they stand in the file; of tables only the columns that are used."""
     if plan.corpus.generator is not None:
         from isoray.corpora.synthetic import generate
 
         for number, values in enumerate(generate(plan.corpus.generator, **plan.corpus.options), start=1):
             yield Row(number, number, values)
         return
+    mapper = mapper or Mapper(plan.corpus)
     try:
         yield from read_split(plan.files[split.file], split, plan.corpus, mapper.select)
     except MissingColumn as error:
-        raise DataError(f"corpus {plan.corpus.name!r}: {_name_of(plan, split)}: {error}") from error
+        raise DataError(f"corpus {plan.corpus.name!r}: {plan.files[split.file].url}: {error}") from error
 
 
-def _lines_before(plan: CorpusPlan, split: Split) -> int:
-    return lines_before(plan.files[split.file], split) if plan.files else 0
+def position_of(plan: CorpusPlan, split: Split, line: int) -> str:
+    """Where ``line`` of ``split`` is, in words: the file, and the line or row in it."""
+    if not plan.files:
+        return f"generator {plan.corpus.generator}, row {line}"
+    file = plan.files[split.file]
+    unit = "line" if file.format in ("jsonl", "text", "csv") else "row"
+    return f"{file.url}, {unit} {line + lines_before(file, split)}"
 
 
-def _name_of(plan: CorpusPlan, split: Split) -> str:
-    return plan.files[split.file].url if plan.files else f"generator {plan.corpus.generator}"
-
-
-def _unit(plan: CorpusPlan, split: Split) -> str:
-    return "line" if plan.files and plan.files[split.file].format in ("jsonl", "text", "csv") else "row"
-
-
-def _set_aside(path: Path, file: str, line: int, kind: str, detail: str, raw: Any) -> None:
+def write_quarantine(path: Path, where: str, kind: str, detail: str, raw: Any) -> None:
+    """Append a bad row to a JSONL file; what is not text is written as Python would show it."""
     if isinstance(raw, bytes):
         raw = raw.decode("utf-8", errors="backslashreplace").rstrip("\r\n")
-    entry = {"file": file, "line": line, "kind": kind, "detail": detail, "row": raw}
-    text = json.dumps(entry, ensure_ascii=True, default=str)
+    entry = {"where": where, "kind": kind, "detail": detail, "row": raw}
     with path.open("a", encoding="utf-8") as out:
-        out.write(text + "\n")
+        out.write(json.dumps(entry, default=str) + "\n")
 
 
 class _RunWriter:
@@ -260,7 +256,7 @@ class _RunWriter:
         records["length"] = encoded.lengths
         records["prompt"] = encoded.prompts
         records["position"] = [document.position for document in batch]
-        records["key"] = [_hash64(f"{label}\0{document.position}") for document in batch]
+        records["key"] = [document_key(label, document.position) for document in batch]
         records["id"] = [0 if document.id is None else _hash64(document.id) | 1 for document in batch]
         records["license"] = [self.licenses.setdefault(document.license, len(self.licenses)) for document in batch]
         records["digest"] = np.frombuffer(b"".join(map(_digest16, batch)), "V16")
@@ -271,8 +267,13 @@ class _RunWriter:
             self.close()
 
 
+def document_key(label: str, position: int) -> int:
+    """64 bits that stand for a document in all random choices: a hash of where it stands."""
+    return _hash64(f"{label}\0{position}")
+
+
 def _hash64(text: str) -> int:
-    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+    return int.from_bytes(hashlib.blake2b(text.encode(errors="backslashreplace"), digest_size=8).digest(), "little")
 
 
 def _digest16(document: Document) -> bytes:

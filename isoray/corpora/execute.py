@@ -67,7 +67,7 @@ def _in_ray(work: Work, items: int, workers: int | None) -> Iterator[tuple[int, 
     import ray.exceptions
 
     if workers is None:
-        workers = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        workers = max(1, int(ray.cluster_resources().get("CPU", 1)))  # type: ignore[no-untyped-call]
     with _quiet():
         # Many small blocks: one item each, so that a lost worker costs one task and all workers stay busy to the end.
         tasks = ray.data.from_items([{"item": item} for item in range(items)], override_num_blocks=min(items, 4096))

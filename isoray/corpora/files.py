@@ -8,14 +8,14 @@ import json
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, cast
 
-import fsspec
+import fsspec  # type: ignore[import-untyped]
 import pyarrow as pa
-from fsspec.implementations.arrow import ArrowFSWrapper
+from fsspec.implementations.arrow import ArrowFSWrapper  # type: ignore[import-untyped]
 
 from isoray.config.base import nearest
 from isoray.corpora.config import CorporaConfig, CorpusConfig
@@ -34,6 +34,8 @@ FORMATS = {
     ".text": "text",
 }
 READ_BYTES = 1 << 20
+DECOMPRESS_BYTES = 1 << 16
+"""How much is decompressed at a time: no more than this is lost of a file that breaks off."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,10 @@ def find_files(corpus: CorpusConfig, settings: CorporaConfig) -> list[InputFile]
     else:
         assert corpus.path is not None
         locations = [corpus.path] if isinstance(corpus.path, str) else corpus.path
-        urls = [found for location in locations for found in _expand(_absolute(location, settings.root), corpus)]
+        parts = [list(_expand(_absolute(location, settings.root), corpus)) for location in locations]
+        urls = [found for part in parts for found in part]
+        if len(set(dict(urls).values())) < len(dict(urls)):  # b/x and c/x: told apart by their number
+            urls = [(url, f"{number}/{label}") for number, part in enumerate(parts) for url, label in part]
     files = []
     for url, label in dict(urls).items():
         fs, path = open_filesystem(url)
@@ -103,7 +108,7 @@ def open_decompressed(url: str) -> BinaryIO:
     if codec is None:
         return open_bytes(url)
     stream = pa.CompressedInputStream(pa.PythonFile(open_bytes(url), mode="r"), codec)
-    return cast("BinaryIO", io.BufferedReader(cast("Any", stream), READ_BYTES))
+    return cast("BinaryIO", io.BufferedReader(cast("Any", stream), DECOMPRESS_BYTES))
 
 
 def compression_of(url: str) -> str | None:
@@ -114,7 +119,7 @@ def compression_of(url: str) -> str | None:
 def sha256_of(url: str) -> str:
     """SHA-256 of the file's bytes as they lie there."""
     with open_bytes(url) as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+        return hashlib.file_digest(cast("io.BufferedReader", stream), "sha256").hexdigest()
 
 
 def _absolute(location: str, root: str) -> str:
@@ -133,13 +138,15 @@ def _expand(location: str, corpus: CorpusConfig) -> Iterator[tuple[str, str]]:
     def url_of(found: str) -> str:
         if not remote:
             return found
-        return location.partition("://")[0] + "://" + found.lstrip("/") if isinstance(fs, ArrowFSWrapper) else str(
-            fs.unstrip_protocol(found)
+        return (
+            location.partition("://")[0] + "://" + found.lstrip("/")
+            if isinstance(fs, ArrowFSWrapper)
+            else str(fs.unstrip_protocol(found))
         )
 
     if re.search(r"[*\[]", path) or ("?" in path and not remote):
         base = path[: re.search(r"[*?\[]", path).start()].rpartition("/")[0]  # type: ignore[union-attr]
-        found = [name for name in fs.glob(path) if fs.isfile(name)]
+        found = [name for name in _visible(fs.glob(path), base) if fs.isfile(name)]
         if not found:
             raise UserError(f"corpus {corpus.name!r}: no file matches {location}")
     elif fs.isdir(path):
@@ -162,7 +169,7 @@ def _in_folder(fs: Any, folder: str, corpus: CorpusConfig) -> list[str]:
     if fs.exists(f"{folder}/state.json"):
         parts = json.loads(fs.cat_file(f"{folder}/state.json"))["_data_files"]
         return [f"{folder}/{part['filename']}" for part in parts]
-    found = [name for name in fs.find(folder) if not re.search(r"(^|/)[._]", name.removeprefix(folder).lstrip("/"))]
+    found = _visible(fs.find(folder), folder)
     if corpus.format == "auto":
         found = [name for name in found if _suffix(name) in FORMATS]
         formats = Counter(FORMATS[_suffix(name)] for name in found)
@@ -178,6 +185,11 @@ def _in_folder(fs: Any, folder: str, corpus: CorpusConfig) -> list[str]:
         what = "file of a known format" if corpus.split is None else f"file of split {corpus.split!r}"
         raise UserError(f"corpus {corpus.name!r}: {folder} holds no {what} ({', '.join(sorted(FORMATS))})")
     return found
+
+
+def _visible(names: Iterable[str], base: str) -> list[str]:
+    """``names`` without what is hidden, or marked as no data by a leading underscore, below ``base``."""
+    return [name for name in names if not re.search(r"(^|/)[._]", name.removeprefix(base).lstrip("/"))]
 
 
 def _suffix(name: str) -> str:

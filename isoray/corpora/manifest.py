@@ -37,7 +37,7 @@ class FileReport(Record):
     issues: dict[str, int] = Field(default_factory=dict)
     """Rows left out because they were bad, by kind."""
     notes: dict[str, int] = Field(default_factory=dict)
-    """What was kept but is worth knowing, by kind (empty_file, huge_document, duplicate_id, truncated)."""
+    """What was kept but is worth knowing, by kind (empty_file, huge_document, duplicate_id)."""
 
 
 class ShardReport(Record):
@@ -88,6 +88,8 @@ class Manifest(Record):
     """The block length asked for, in tokens."""
     dropped_tokens: int = 0
     """Tokens left out: truncated examples, and the remainder at the end where it is dropped."""
+    truncated: int = 0
+    """Documents that lost tokens because they are longer than a block."""
     licenses: dict[str, int] = Field(default_factory=dict)
     """Documents per licence; an unknown licence is the empty name."""
     issues: dict[str, int] = Field(default_factory=dict)

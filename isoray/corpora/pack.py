@@ -35,9 +35,7 @@ class Cuts(NamedTuple):
     labels: npt.NDArray[np.bool_] | None
 
 
-def gather(
-    tokens: npt.NDArray[Any], begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
-) -> npt.NDArray[Any]:
+def gather(tokens: npt.NDArray[Any], begins: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]) -> npt.NDArray[Any]:
     """The pieces of ``tokens`` that begin at ``begins`` and have ``lengths``, joined in that order."""
     ends = np.cumsum(lengths)
     out = np.empty(int(ends[-1]) if len(ends) else 0, tokens.dtype)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import functools
 import io
 import json
 import re
@@ -68,9 +69,12 @@ def read_split(file: InputFile, split: Split, corpus: CorpusConfig, select: Sele
         # Codecs report broken data as OSError without an errno; trouble with the storage itself has one, and is not ours.
         if isinstance(error, OSError) and (error.errno is not None or not BROKEN_STREAM.search(str(error))):
             raise
-        yield BadRow(last.position + 1, last.line + 1, "broken_file", f"the file breaks off or is damaged: {error}", None)
+        yield BadRow(
+            last.position + 1, last.line + 1, "broken_file", f"the file breaks off or is damaged: {error}", None
+        )
 
 
+@functools.lru_cache(maxsize=64)
 def lines_before(file: InputFile, split: Split) -> int:
     """How many lines of a text file come before ``split``: what its line numbers are counted from."""
     if file.format not in ("jsonl", "text") or split.begin == 0:
@@ -106,7 +110,9 @@ def _read_jsonl(file: InputFile, split: Split) -> Iterator[Row | BadRow]:
         try:
             values = json.loads(line)
         except UnicodeDecodeError as error:
-            yield BadRow(offset, number, "not_utf8", f"not UTF-8: {error.reason} at byte {error.start} of the line", line)
+            yield BadRow(
+                offset, number, "not_utf8", f"not UTF-8: {error.reason} at byte {error.start} of the line", line
+            )
         except (ValueError, RecursionError) as error:
             yield BadRow(offset, number, "broken_json", f"not JSON: {error}", line)
         else:

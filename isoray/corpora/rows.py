@@ -86,7 +86,7 @@ class Mapper:
             return None
         identity = None if mapped.id is None else values[mapped.id]
         license = (values[mapped.license] if mapped.license is not None else None) or self.corpus.license or ""
-        return Document(row.position, text, prompt, None if identity is None else str(identity), str(license))
+        return Document(row.position, text, prompt, None if identity is None else str(identity), _clean(license))
 
     def _map(self, available: tuple[str, ...]) -> Mapped:
         if available not in self._known:
@@ -117,7 +117,9 @@ class Mapper:
         hint = f"; {nearest(column, available)}" if close else ""
         what = f"no column {column!r} (columns found: {found}){hint}"
         unmapped = self.corpus.columns.text is None and self.corpus.columns.prompt is None
-        return what + ("; say which column is meant with `columns: {text: ...}`" if unmapped and column == "text" else "")
+        return what + (
+            "; say which column is meant with `columns: {text: ...}`" if unmapped and column == "text" else ""
+        )
 
 
 def _fault_in(column: str, value: Any) -> Fault | None:
@@ -130,6 +132,10 @@ def _fault_in(column: str, value: Any) -> Fault | None:
     except UnicodeEncodeError:
         return Fault("not_utf8", f"column {column!r} holds half of a surrogate pair, which no encoding can express")
     return None
+
+
+def _clean(value: Any) -> str:
+    return str(value).encode(errors="backslashreplace").decode()
 
 
 def _as_text(value: Any) -> str:

@@ -50,7 +50,12 @@ class Selection:
 
 def order_keys(documents: npt.NDArray[Any], seed: int) -> npt.NDArray[np.uint64]:
     """uint64 [documents]: a random order that hangs on ``seed`` and on where each document stands in its file alone."""
-    return _mix(documents["key"] ^ _mix(np.array([seed % (1 << 64)], np.uint64)))
+    return mix_keys(documents["key"], seed)
+
+
+def mix_keys(keys: npt.NDArray[np.uint64], seed: int) -> npt.NDArray[np.uint64]:
+    """uint64, the same shape: a random number for each of ``keys`` that hangs on it and on ``seed``."""
+    return _mix(keys ^ _mix(np.array([seed % (1 << 64)], np.uint64)))
 
 
 def usable(documents: npt.NDArray[Any], duplicates: npt.NDArray[np.int64] | None) -> npt.NDArray[np.bool_]:

@@ -8,9 +8,9 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -30,12 +30,13 @@ def write_shard(
     starts: npt.NDArray[np.int64],
     labels: npt.NDArray[np.bool_] | None = None,
     vocab_size: int,
+    extra: Mapping[str, npt.NDArray[Any]] | None = None,
 ) -> ShardReport:
     """Write shard ``number`` of the store in ``folder``; it appears in one rename.
 
     ``tokens`` [T] integers; ``offsets`` [blocks + 1]; ``starts``: sorted positions in ``tokens`` at which a segment
     other than a block's first starts; ``labels`` bool [T], or None for "all but the first token of each segment".
-    The first token of a segment never carries a label.
+    The first token of a segment never carries a label. ``extra`` arrays are kept beside the others.
     """
     tokens = tokens.astype(token_dtype(vocab_size), copy=False)
     firsts = np.union1d(offsets[:-1][np.diff(offsets) > 0], starts)
@@ -48,6 +49,7 @@ def write_shard(
     arrays = {"tokens": tokens, "offsets": offsets, "starts": starts, "label_counts": counts}
     if labels is not None:
         arrays["labels"] = mask
+    arrays.update(extra or {})
     final = folder / f"shard-{number:05d}"
     with atomic_folder(final) as scratch:
         for name, array in arrays.items():
@@ -83,9 +85,8 @@ def commit_store(folder: Path, shards: Sequence[ShardReport], **fields: Any) -> 
         shards=tuple(shards),
         **fields,
     )
-    scratch = folder / f".{MANIFEST}.{uuid.uuid4().hex}"
-    scratch.write_text(json.dumps(manifest.model_dump(mode="json"), indent=1, ensure_ascii=False), encoding="utf-8")
-    os.replace(scratch, folder / MANIFEST)
+    with atomic_file(folder / MANIFEST) as stream:
+        stream.write(json.dumps(manifest.model_dump(mode="json"), indent=1).encode())
     return BlockStore.open(folder)
 
 
@@ -159,3 +160,15 @@ def atomic_folder(final: Path) -> Iterator[Path]:
                 raise
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def atomic_file(final: Path) -> Iterator[BinaryIO]:
+    """A scratch file that becomes ``final`` in one rename when the body ends, and vanishes when it fails."""
+    scratch = final.with_name(f".{final.name}.{uuid.uuid4().hex}")
+    try:
+        with scratch.open("wb") as stream:
+            yield stream
+        os.replace(scratch, final)
+    finally:
+        scratch.unlink(missing_ok=True)

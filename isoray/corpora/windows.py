@@ -50,7 +50,7 @@ class Window:
     prefix: int
     """Special tokens at the beginning of each document."""
     keep_rest: bool
-    """Whether the tokens that fill no block become a shorter one here; else they are put aside for :func:`write_rest`."""
+    """Whether tokens that fill no block become a shorter one here; else they are put aside for :func:`write_rest`."""
     vocab_size: int
     folder: Path
     """Where the store is built."""
@@ -62,7 +62,7 @@ def write_window(window: Window) -> ShardReport:
     if done is not None:
         return done
     tokens, documents = _documents_of(window)
-    lengths, prompts = documents["tokens"].astype(np.int64), np.concatenate([documents["prompt"]]).astype(np.int64)
+    lengths, prompts = documents["tokens"].astype(np.int64), documents["prompt"].astype(np.int64)
     if window.packed:
         cuts, rest = pack(flatten(tokens, lengths, prompts), window.length)
         if window.keep_rest:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from isoray.corpora.store import BlockStore
+from isoray.corpora.store import Blocks, BlockStore
 from isoray.errors import DataError
+from isoray.models.load import LoadedModel
 from isoray.objectives.reduce import row_nll
 from isoray.training.batching import Layout, to_batch
 from isoray.training.parallel import Parallel, Ranks
@@ -30,7 +33,7 @@ class SetLosses:
 
     def __init__(
         self,
-        sets: Mapping[str, BlockStore],
+        sets: Mapping[str, Blocks],
         *,
         pad_token_id: int,
         layout: Layout = "causal",
@@ -75,6 +78,28 @@ class SetLosses:
             weights = None if self._average == "example" else count_R[mine]
             losses[name] = float(np.average(per_row, weights=weights))
         return losses
+
+
+@dataclass(frozen=True)
+class StoreLosses:
+    """Makes a :class:`SetLosses` of block stores on a worker; picklable."""
+
+    folders: tuple[Path, ...]
+    max_tokens: int
+    average: Literal["example", "token"] = "example"
+
+    def __call__(self, loaded: LoadedModel, ranks: Ranks) -> SetLosses:
+        """The evaluator of the stores in ``folders``, by their names."""
+        pad = loaded.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        return SetLosses(
+            {store.name: store for store in (BlockStore.open(folder) for folder in self.folders)},
+            pad_token_id=pad,
+            layout=loaded.layout,
+            ranks=ranks,
+            average=self.average,
+            max_tokens=self.max_tokens,
+        )
 
 
 def _chunks(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:

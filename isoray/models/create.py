@@ -59,6 +59,10 @@ def transformers_config(create: CreateConfig, tokenizer: PreTrainedTokenizerFast
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise UserError(f"model.create: Transformers refuses this {create.architecture}: {reason}") from error
+    if config.tie_word_embeddings != create.tie_embeddings:
+        raise UserError(
+            f"model.create.tie_embeddings: Transformers has {create.architecture} with tied embeddings only."
+        )
     if config.is_encoder_decoder and tokenizer is not None and "decoder_start_token_id" not in create.extra:
         config.decoder_start_token_id = tokenizer.pad_token_id
     return config

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ def read_gguf(path: Path) -> tuple[PreTrainedModel, Any]:
         try:
             config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
             auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-            loaded = auto.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True, dtype=torch.float32)
+            loaded = auto.from_pretrained(
+                path.parent, config=config, gguf_file=path.name, local_files_only=True, dtype=torch.float32
+            )
             tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
         except ImportError as error:
             raise UserError(f"Reading {path.name} needs more packages: {first_line(error)}") from error
-        except (ValueError, KeyError, IndexError, OSError, NotImplementedError) as error:
+        except (ValueError, KeyError, IndexError, OSError, NotImplementedError, struct.error) as error:
             raise UserError(f"{path} cannot be read as a GGUF model: {first_line(error)}") from error
         return _unmarked(loaded, auto), with_pad_token(tokenizer)
 

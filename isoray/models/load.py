@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from torch import nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -191,7 +192,7 @@ def _load_weights(folder: Path, config: PreTrainedConfig, layout: Layout, option
                 trust_remote_code=options.trust_remote_code,
                 output_loading_info=True,
             )
-    except (ValueError, ImportError, OSError, RuntimeError) as error:
+    except (ValueError, ImportError, OSError, RuntimeError, SafetensorError) as error:
         hint = "; try model.attention=eager" if "attention implementation" in str(error) else ""
         raise UserError(f"The model in {folder} cannot be loaded: {first_line(error)}{hint}") from error
     if missing := sorted(report["missing_keys"]):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from isoray.config.base import Component, digest_of
 from isoray.corpora.store import BlockStore
 from isoray.corpora.stream import BlockStream
-from isoray.evaluation.likelihood import SetLosses
 from isoray.models.config import LoadOptions
 from isoray.models.load import LoadedModel, load, save
 from isoray.objectives.base import Objective
 from isoray.training.config import ComputeConfig, TrainingConfig
-from isoray.training.loop import Step, train
+from isoray.training.loop import Evaluator, Step, train
 from isoray.training.parallel import Parallel, Ranks
 from isoray.training.state import Checkpoints
 
@@ -36,8 +36,8 @@ class Fit:
     options: LoadOptions
     corpora: tuple[Path, ...]
     """Folders of the training corpora's block stores."""
-    tests: tuple[Path, ...]
-    """Folders of the evaluation sets' block stores."""
+    evaluator: Callable[[LoadedModel, Ranks], Evaluator] | None
+    """Makes the evaluator on each worker; picklable."""
     objective: Component.Config
     training: TrainingConfig
     compute: ComputeConfig
@@ -57,14 +57,6 @@ class Fit:
         )
         pad = loaded.tokenizer.pad_token_id
         assert isinstance(pad, int)
-        sets = {store.name: store for store in (BlockStore.open(f) for f in self.tests)}
-        evaluator = SetLosses(
-            sets,
-            pad_token_id=pad,
-            layout=loaded.layout,
-            ranks=ranks,
-            max_tokens=self.compute.evaluation_batch_tokens,
-        )
         steps = train(
             parallel,
             Objective.build(self.objective),
@@ -73,7 +65,7 @@ class Fit:
             seed=self.seed,
             pad_token_id=pad,
             layout=loaded.layout,
-            evaluator=evaluator,
+            evaluator=self.evaluator(loaded, ranks) if self.evaluator is not None else None,
             checkpoints=Checkpoints(
                 self.out / "checkpoints", self._fingerprint(stream), keep=self.training.keep_checkpoints
             ),
@@ -108,7 +100,7 @@ class Fit:
 
 
 def log_step(path: Path, job: str, step: Step) -> None:
-    """Append one report to a ``metrics.jsonl`` in one write; rows of a repeated step replace earlier ones by key."""
+    """Append one report to a ``metrics.jsonl`` in one write."""
     row = {
         "job": job,
         "step": step.step,
@@ -125,3 +117,19 @@ def log_step(path: Path, job: str, step: Step) -> None:
         os.write(handle, (json.dumps(row) + "\n").encode())
     finally:
         os.close(handle)
+
+
+def read_log(path: Path) -> list[dict[str, Any]]:
+    """The rows that :func:`log_step` wrote, by step; of a step that was repeated after a loss, the last one."""
+    rows: dict[int, dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:  # cut short by a kill
+            continue
+        rows[row["step"]] = row
+    return [rows[step] for step in sorted(rows)]

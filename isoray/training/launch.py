@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from isoray.cluster import Placement, ScalingConfig
 from isoray.errors import InfraError
@@ -116,6 +117,8 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
         partial = failure.with_suffix(".partial")
         partial.write_bytes(pickle.dumps(wrapped))
         partial.replace(failure)
+        if dist.is_initialized():  # hang up on the others, who may be waiting in a collective
+            dist.destroy_process_group()
         return None
     return result
 

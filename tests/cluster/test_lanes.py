@@ -33,13 +33,26 @@ def ray() -> Iterator[Cluster]:
 
 
 def do(
-    jobs: list[Any], results: Path, scaling: dict[str, Any], on_event: Callable[[LaneEvent], None] | None = None, **more: Any
+    jobs: list[Any],
+    results: Path,
+    scaling: dict[str, Any],
+    on_event: Callable[[LaneEvent], None] | None = None,
+    *,
+    open_bench: Any = MakeBench(),  # noqa: B008 - frozen
+    bench_digest: str = "",
 ) -> dict[str, JobRecord]:
     config = ScalingConfig(**scaling)
     resources = local_resources() if config.executor == "inprocess" else Cluster(None, 2).resources()
     placement = plan(config, resources, jobs=len(jobs))
-    bench = more.pop("open_bench", MakeBench())
-    return run_jobs(jobs, open_bench=bench, placement=placement, scaling=config, results=results, on_event=on_event, **more)
+    return run_jobs(
+        jobs,
+        open_bench=open_bench,
+        placement=placement,
+        scaling=config,
+        results=results,
+        bench_digest=bench_digest,
+        on_event=on_event,
+    )
 
 
 def sums(records: dict[str, JobRecord]) -> dict[str, float]:
@@ -110,13 +123,15 @@ def test_the_costliest_jobs_are_started_first_and_events_add_up(ray: Cluster, tm
     assert {e.total for e in events} == {5}
 
 
-@pytest.mark.parametrize("scaling", [INPROCESS, TWO, PAIR])
-@pytest.mark.parametrize("kind", [NumericError, DataError, UserError, InfraError])
+@pytest.mark.parametrize(
+    ("scaling", "kind"),
+    [(INPROCESS, NumericError), (INPROCESS, UserError), (ONE, NumericError), (TWO, DataError), (PAIR, InfraError)],
+)
 def test_our_errors_come_out_as_they_were_raised(
     ray: Cluster, tmp_path: Path, scaling: dict[str, Any], kind: type[IsorayError]
 ) -> None:
     jobs: list[Job] = [Raises("bad", kind.__name__), *walks(2)]
-    with pytest.raises(kind, match="^what bad says$") as raised:
+    with pytest.raises(kind, match=r"^what bad says$") as raised:
         do(jobs, tmp_path, scaling)
     assert type(raised.value) is kind
     if scaling is not INPROCESS:

@@ -75,7 +75,11 @@ def test_a_runs_own_config_is_a_config_file() -> None:
         ("policy", 3, "error: corpus 'wiki' has no license\n"),
         ("numeric", 4, "error: the loss is NaN at step 3\n"),
         ("infra", 5, "error: all lanes were lost\n"),
-        ("disk", 5, "error: cannot write the run folder: No space left on device; make room, then run the same command"),
+        (
+            "disk",
+            5,
+            "error: cannot write the run folder: No space left on device; make room, then run the same command",
+        ),
     ],
 )
 def test_each_failure_has_its_exit_status_and_no_traceback(
@@ -151,10 +155,27 @@ def test_doctor_names_versions_speed_and_the_model(capsys: pytest.CaptureFixture
         assert part in out
 
 
+def test_the_job_is_a_run_on_the_cluster_it_was_submitted_to() -> None:
+    done = run_python(str(ROOT / "jobs" / "untrac.py"), "toy.yaml", "fail=numeric", "--out", "here")
+    assert done.returncode == 4
+    assert "error: the loss is NaN at step 3" in done.stderr
+    assert Path("here/address.txt").read_text() == "auto"
+
+
+def test_without_an_address_ray_is_our_own() -> None:
+    assert status("run", "toy.yaml", "--out", "here") == 0
+    assert Path("here/address.txt").read_text() == "None"
+
+
 def run_isoray(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return run_python("-m", "isoray.cli", *arguments)
+
+
+def run_python(*arguments: str) -> subprocess.CompletedProcess[str]:
     paths = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(TOY)])}
-    command = [sys.executable, "-m", "isoray.cli", *arguments]
-    return subprocess.run(command, env=os.environ | paths, capture_output=True, text=True, timeout=60)
+    return subprocess.run(
+        [sys.executable, *arguments], env=os.environ | paths, capture_output=True, text=True, timeout=60
+    )
 
 
 def test_help_and_import_load_neither_torch_nor_ray() -> None:

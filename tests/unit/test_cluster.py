@@ -66,7 +66,7 @@ def test_what_cannot_fit_is_refused_with_the_sum() -> None:
 
 def test_workers_that_fit_in_sum_but_on_no_single_node_are_refused() -> None:
     assert TWO_NODES.cpus == 6
-    with pytest.raises(UserError, match="only 2 such workers can be placed.*on one node; a: 3 CPUs, b: 3 CPUs"):
+    with pytest.raises(UserError, match=r"only 2 such workers can be placed.*on one node; a: 3 CPUs, b: 3 CPUs"):
         placed(TWO_NODES, lanes=3, cpus_per_worker=2)
 
 

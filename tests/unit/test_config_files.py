@@ -169,7 +169,10 @@ def test_wrong_overrides_are_told(override: str, message: str) -> None:
         ("training: {steps: 0}", "c.yaml:2: training.steps: expected greater than 0, got 0"),
         ("training: 3", "c.yaml:2: training: expected a valid dictionary"),
         ("parts: [{steps: 1}, {steps: x}]", "c.yaml:2: parts.1.steps: expected a valid integer"),
-        ("training: {schedule: liner}", "c.yaml:2: training.schedule: expected 'constant' or 'linear', got 'liner'; did"),
+        (
+            "training: {schedule: liner}",
+            "c.yaml:2: training.schedule: expected 'constant' or 'linear', got 'liner'; did",
+        ),
         ("training: {steps: 2000, schedule: linear}", "c.yaml:2: training: linear schedules have at most 1000 steps"),
         ("root: corpra", "c.yaml:2: root: 'corpra' does not exist: "),
     ],
@@ -227,9 +230,7 @@ def test_a_byte_order_mark_is_not_part_of_the_first_key() -> None:
     assert load("c.yaml").name == "c"
 
 
-def test_a_missing_file_names_its_neighbours_and_stock_configs(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_a_missing_file_names_its_neighbours_and_stock_configs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     write("stock/untrac/quickstart.yaml", "seed: 7\n")
     write("conf.yaml", "")
     monkeypatch.setattr(loading, "stock_folder", lambda: tmp_path / "stock")

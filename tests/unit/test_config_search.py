@@ -47,7 +47,10 @@ def test_dimensions_are_typed_and_apart_from_the_config() -> None:
         ("training.learning_rate: {kind: loguniform, low: 1e-5, high: 2}", "high=2.0: expected less than 1, got 2.0"),
         ("training.steps: {kind: uniform, low: 1, high: 2.5}", "high=2.5: expected a valid integer"),
         ("training.steps: {kind: randint, low: 0, high: 5}", "low=0: expected greater than 0, got 0"),
-        ("training.schedule: {kind: choice, values: [linear, liner]}", "value 'liner': expected 'constant' or 'linear'"),
+        (
+            "training.schedule: {kind: choice, values: [linear, liner]}",
+            "value 'liner': expected 'constant' or 'linear'",
+        ),
         ("engine: {kind: choice, values: [fast, slwo]}", "value 'slwo': 'slwo' is no kind of toy_parts: did you mean"),
         ("parts.4.steps: {kind: grid, values: [1]}", "value 1: '4' is no position in a list of 1"),
         ("parts.x.steps: {kind: grid, values: [1]}", "value 1: 'x' is no position in a list of 1"),

@@ -99,6 +99,15 @@ def test_extra_keys_are_checked_against_the_architecture() -> None:
         check(ModelConfig(create=CreateConfig(extra={"rms_norm_eps": "small"})))
 
 
+def test_embeddings_are_tied_or_not_as_asked_or_refused() -> None:
+    untied = transformers_config(CreateConfig(architecture="gpt2", hidden_size=32, tie_embeddings=False))
+    untied.vocab_size = 64
+    model = new_model(untied, seed=0)
+    assert model.get_input_embeddings().weight is not model.get_output_embeddings().weight
+    with pytest.raises(UserError, match="tied embeddings only"):
+        transformers_config(CreateConfig(architecture="t5", tie_embeddings=False))
+
+
 def test_unknown_architectures_name_the_nearest() -> None:
     with pytest.raises(UserError, match=r"did you mean .*'llama'"):
         check(ModelConfig(create=CreateConfig(architecture="lama")))

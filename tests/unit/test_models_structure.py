@@ -167,6 +167,15 @@ def test_logits_at_runs_the_head_on_kept_positions_only_even_when_wrapped() -> N
     assert plain(wrapped) is model
 
 
+def test_logits_at_of_a_model_compiled_before() -> None:
+    model = tiny("llama", **CAUSAL["llama"])
+    compiled: Any = torch.compile(model, backend="eager")
+    inputs = {"input_ids": random_ids(2, 5), "use_cache": False}
+    whole = compiled(**inputs).logits
+    keep_BT = torch.rand(2, 5, generator=torch.Generator().manual_seed(3)) < 0.4
+    assert (logits_at(compiled, inputs, keep_BT) - whole[keep_BT]).abs().max() < 1e-10
+
+
 def test_a_module_without_a_language_model_is_refused() -> None:
     with pytest.raises(TypeError, match="no Transformers model"):
         plain(torch.nn.Linear(2, 2))

@@ -18,7 +18,8 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("dist")
-    call([sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(out), str(ROOT)])
+    offline = ["--no-deps", "--no-build-isolation", "--no-index"]
+    call([sys.executable, "-m", "pip", "wheel", *offline, "-w", str(out), str(ROOT)])
     (made,) = out.glob("isoray-*.whl")
     return made
 
@@ -49,7 +50,8 @@ def test_only_isoray_stands_at_top_level(wheel: Path) -> None:
     assert len(tops) == 2 and "isoray" in tops and any(top.endswith(".dist-info") for top in tops)
     assert "isoray/py.typed" in names
     shipped = {name.removeprefix("isoray/_configs/") for name in names if name.startswith("isoray/_configs/")}
-    assert shipped == {str(path.relative_to(ROOT / "configs")) for path in (ROOT / "configs").rglob("*") if path.is_file()}
+    configs = ROOT / "configs"
+    assert shipped == {str(path.relative_to(configs)) for path in configs.rglob("*") if path.is_file()}
     templates = {str(path.relative_to(ROOT)) for path in (ROOT / "isoray" / "report" / "templates").rglob("*.*")}
     assert templates <= set(names)
 

@@ -77,6 +77,7 @@ class Toy(Recipe):
             run.log(job="count", step=0)
             return len(self.config.corpora)
 
+        (run.folder / "address.txt").write_text(str(run.address))
         counted = run.step("count", {"corpora": self.config.corpora}, count)
         if self.config.fail is not None:
             raise FAILURES[self.config.fail]

@@ -1,0 +1,186 @@
+"""Which jobs an attribution run consists of, and where their vectors lie."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import Field, PositiveInt
+
+from isoray.attribution.config import ArnoldiConfig, GradientConfig, LissaConfig, TracInConfig
+from isoray.attribution.jobs import DominantEigenpairs, Evaluate, Gradient, InverseProducts, Retrain, Unlearn
+from isoray.config.base import Component, Config
+from isoray.corpora.store import BlockStore
+from isoray.training.config import TrainingConfig
+from isoray.training.lane_jobs import Job
+
+
+class TruthConfig(Config):
+    """Leave-one-out ground truth: the same training, for the same number of steps, without one corpus."""
+
+    repeats: PositiveInt = 1
+    """Trainings per corpus, each with another order of the data; the truth is their mean (paper: 1)."""
+
+
+class UnTracConfig(TrainingConfig):
+    """How a corpus is unlearnt: gradient ascent; the defaults are the paper's."""
+
+    epochs: float | None = Field(default=1.0, gt=0)
+    """Passes over the corpus's sample; give this or `steps`."""
+    batch_size: PositiveInt = 1
+    """Blocks per step."""
+
+
+class UnTracInvConfig(TrainingConfig):
+    """How a test set is unlearnt: gradient ascent; the defaults are the paper's."""
+
+    steps: PositiveInt | None = 5
+    """Optimizer steps; give this or `epochs`."""
+    batch_size: PositiveInt = 256
+    """Blocks per step, at most the whole test set."""
+
+
+class SampleConfig(Config):
+    """Which part of the training corpora the estimators see."""
+
+    seeds: PositiveInt = 1
+    """Repetitions of every estimator, each on another sample in another order; their spread is reported (paper: 4)."""
+    blocks: PositiveInt | None = 10_000
+    """Blocks drawn from each training corpus; none: all of them (paper: 10,000)."""
+
+
+class BaselinesConfig(Config):
+    """The estimators UnTrac is compared with; null leaves one out."""
+
+    gradient: GradientConfig | None = None
+    """GradDot and GradCos."""
+    tracin: TracInConfig | None = None
+    """TracIn, over checkpoints of the full training."""
+    lissa: LissaConfig | None = None
+    """Hessian-based influence by LiSSA."""
+    arnoldi: ArnoldiConfig | None = None
+    """Hessian-based influence by Arnoldi iteration."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything the jobs of a run follow from."""
+
+    train: Sequence[BlockStore]
+    test: Sequence[BlockStore]
+    seed: int
+    sample: SampleConfig
+    truth: TruthConfig | None
+    untrac: UnTracConfig | None
+    untrac_inv: UnTracInvConfig | None
+    baselines: BaselinesConfig
+    training: TrainingConfig | None
+    objective: Component.Config
+    steps: int
+    """Optimizer steps of the full training."""
+    milestones: Sequence[int]
+    """Steps of the full training at which weights were kept, the last one excepted."""
+    scratch: Path
+    """Folder for vectors and for the checkpoints of retrainings."""
+
+    @property
+    def seeds(self) -> range:
+        """The estimators' data seeds."""
+        return range(self.seed, self.seed + self.sample.seeds)
+
+    @property
+    def starts(self) -> list[str]:
+        """Names of the weights at which TracIn takes gradients, in order; the last is the trained model."""
+        return [*(milestone(step) for step in self.milestones), "trained"]
+
+    def vector(self, kind: str, start: str, of: str, seed: int) -> Path:
+        """Where the vector of one set lies; ``kind`` is train, test or inverse."""
+        return self.scratch / "vectors" / f"{kind}-{start}-{of}-{seed}.npy"
+
+    def eigenpairs(self, seed: int) -> Path:
+        """Where Arnoldi's eigenpairs lie."""
+        return self.scratch / "vectors" / f"eigenpairs-{seed}"
+
+
+def milestone(step: int) -> str:
+    """The name, as a start, of the full training's weights after ``step`` steps."""
+    return f"step-{step:08d}"
+
+
+def count_jobs(plan_of: BaselinesConfig, *, corpora: int, tests: int) -> int:
+    """A lower bound of the number of jobs, known before any data is read: for the number of lanes."""
+    return max(corpora, tests) + (corpora if plan_of.gradient is not None else 0)
+
+
+def training_jobs(plan: Plan) -> Iterator[Job]:
+    """Losses of the trained model, and leave-one-out retrainings."""
+    yield Evaluate("trained")
+    if plan.truth is None or plan.training is None:
+        return
+    for repeat in range(plan.truth.repeats):
+        # The first repetition's full training is the trained model itself.
+        for exclude in [*([""] if repeat else []), *(store.name for store in plan.train)]:
+            yield Retrain(
+                exclude=exclude,
+                objective=plan.objective,
+                training=plan.training,
+                steps=plan.steps,
+                seed=plan.seed + repeat,
+                scratch=plan.scratch / "checkpoints",
+                repeat=repeat,
+            )
+
+
+def unlearning_jobs(plan: Plan) -> Iterator[Job]:
+    """UnTrac and UnTrac-Inv, for every data seed."""
+    for seed in plan.seeds:
+        for settings, stores, inverse in (
+            (plan.untrac, plan.train, False),
+            (plan.untrac_inv, plan.test, True),
+        ):
+            if settings is not None:
+                for store in stores:
+                    yield Unlearn(
+                        forget=store.name,
+                        inverse=inverse,
+                        training=settings,
+                        seed=seed,
+                        most=plan.sample.blocks,
+                        tokens=store.manifest.tokens,
+                    )
+
+
+def gradient_jobs(plan: Plan) -> Iterator[Job]:
+    """Gradients of all sets; they come before the Hessian jobs, which read those of the test sets."""
+    baselines = plan.baselines
+    wanted = [config for config in (baselines.gradient, baselines.tracin, baselines.lissa, baselines.arnoldi) if config]
+    if not wanted:
+        return
+    rows = min(config.micro_batch for config in wanted)
+    starts = plan.starts if baselines.tracin is not None else ["trained"]
+    for start in starts:
+        for seed in plan.seeds:
+            for store in plan.train:
+                path = plan.vector("train", start, store.name, seed)
+                yield Gradient(
+                    store.name, "train", start, seed, plan.sample.blocks, rows, path, store.manifest.tokens
+                )
+        for store in plan.test:
+            path = plan.vector("test", start, store.name, plan.seed)
+            yield Gradient(store.name, "test", start, plan.seed, None, rows, path, store.manifest.tokens)
+
+
+def hessian_jobs(plan: Plan) -> Iterator[Job]:
+    """LiSSA and Arnoldi, for every data seed."""
+    tests = [store.name for store in plan.test]
+    for seed in plan.seeds:
+        if plan.baselines.lissa is not None:
+            yield InverseProducts(
+                plan.baselines.lissa,
+                seed,
+                gradients={test: plan.vector("test", "trained", test, plan.seed) for test in tests},
+                paths={test: plan.vector("inverse", "trained", test, seed) for test in tests},
+            )
+        if plan.baselines.arnoldi is not None:
+            yield DominantEigenpairs(plan.baselines.arnoldi, seed, folder=plan.eigenpairs(seed))

@@ -1,0 +1,121 @@
+"""What a lane's worker keeps open for all its jobs: one model, the weights to start from, the corpora."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from isoray.corpora.store import Block, Blocks, BlockStore
+from isoray.evaluation.likelihood import SetLosses
+from isoray.models.config import LoadOptions
+from isoray.models.load import LoadedModel, load
+from isoray.models.snapshot import Snapshot
+from isoray.training.batching import cut, to_batch
+from isoray.training.config import ComputeConfig
+from isoray.training.lanes import Rank
+from isoray.training.parallel import Parallel, Ranks
+
+
+@dataclass(frozen=True)
+class OpenWorkbench:
+    """Opens a :class:`Workbench` in a worker; picklable."""
+
+    starts: Mapping[str, Path]
+    """Transformers folders of one architecture, by the names that jobs use."""
+    options: LoadOptions
+    compute: ComputeConfig
+    train: tuple[Path, ...]
+    """Folders of the training corpora's block stores."""
+    test: tuple[Path, ...]
+    """Folders of the test sets' block stores."""
+    average: Literal["example", "token"]
+    """What the loss of a set is the mean of."""
+    seed: int
+
+    def __call__(self, rank: Rank) -> Workbench:
+        """The workbench of the worker at ``rank``."""
+        return Workbench(self, rank)
+
+
+class Workbench:
+    """One model on this worker's device, which jobs bring back to a named start in memory."""
+
+    def __init__(self, plan: OpenWorkbench, rank: Rank) -> None:
+        self.average = plan.average
+        self.compute = plan.compute
+        self.progress: Callable[[float], None] = rank.progress
+        self.train = {store.name: store for store in map(BlockStore.open, plan.train)}
+        self.test = {store.name: store for store in map(BlockStore.open, plan.test)}
+        self._plan = plan
+        self._snapshots: dict[str, Snapshot] = {}
+        self.ranks = Ranks(rank.rank, rank.world, torch.device(rank.device))
+        self._open(next(iter(plan.starts)))
+
+    def start(self, name: str) -> Parallel:
+        """The model with the weights of ``name``, ready to train or to evaluate; no gradients, no optimizer state."""
+        if self._plan.options.adapter is not None:
+            # An adapter's snapshot leaves out the frozen weights, which differ between starts.
+            if name != self._opened:
+                self._open(name)
+        elif name not in self._snapshots:
+            other = load(self._plan.starts[name], self._plan.options, seed=self._plan.seed).model
+            if self.parallel.sharded:
+                self._open(name)
+            else:
+                self._snapshots[name] = Snapshot(other, self._plan.starts[name])
+        self._snapshots[name].restore(self.parallel.model)
+        return self.parallel
+
+    def losses(self, sets: Mapping[str, Blocks]) -> SetLosses:
+        """An evaluator of ``sets``."""
+        return SetLosses(
+            sets,
+            pad_token_id=self.pad_token_id,
+            layout=self._loaded.layout,
+            ranks=self.ranks,
+            average=self.average,
+            max_tokens=self.compute.evaluation_batch_tokens,
+        )
+
+    def batches(self, blocks: Sequence[Block] | Blocks, *, rows: int, share: bool) -> Iterator[dict[str, Tensor]]:
+        """``blocks`` in length-sorted micro-batches of at most ``rows`` rows, on this worker's device.
+
+        All of them, or with ``share`` this worker's part, empty rows included where the workers' parts differ.
+        """
+        lengths = np.array([len(blocks[row].input_ids) for row in range(len(blocks))])
+        world, rank = (self.ranks.world, self.ranks.rank) if share else (1, 0)
+        for chosen in cut(lengths, world=world, max_tokens=self.compute.micro_batch_tokens, max_rows=rows)[rank]:
+            loaded = [None if row is None else blocks[row] for row in chosen]
+            yield to_batch(
+                loaded,
+                filler=blocks[0],
+                pad_token_id=self.pad_token_id,
+                layout=self._loaded.layout,
+                device=self.ranks.device,
+            )
+
+    @property
+    def layout(self) -> Literal["causal", "seq2seq"]:
+        """Whether labels are on the sequence itself or on the decoder's side."""
+        return self._loaded.layout
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this worker is rank 0 of its lane."""
+        return self.ranks.rank == 0
+
+    def _open(self, name: str) -> None:
+        self._loaded: LoadedModel = load(self._plan.starts[name], self._plan.options, seed=self._plan.seed)
+        pad = self._loaded.tokenizer.pad_token_id
+        assert isinstance(pad, int)
+        self.pad_token_id = pad
+        model: nn.Module = self._loaded.model
+        self.parallel = Parallel(model, self.ranks, self.compute)
+        self._snapshots = {name: Snapshot(model, self._plan.starts[name])}
+        self._opened = name

@@ -1,0 +1,352 @@
+"""UnTrac: which of the training corpora made the model behave like this?
+
+Isonuma and Titov, "Unlearning Traces the Influential Training Data of Language Models" (ACL 2024, arXiv 2401.15241).
+A model is trained on all corpora. *UnTrac* unlearns one corpus at a time and watches the losses of the test sets;
+*UnTrac-Inv* unlearns one test set at a time and watches the corpora. Both are held against leave-one-out retraining
+(the truth) and against gradient-based estimators. Scores are oriented so that larger = more helpful.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from isoray.attribution import plan as jobs_of
+from isoray.attribution import tables
+from isoray.attribution.plan import (
+    BaselinesConfig,
+    Plan,
+    SampleConfig,
+    TruthConfig,
+    UnTracConfig,
+    UnTracInvConfig,
+    milestone,
+)
+from isoray.attribution.jobs import VectorJob
+from isoray.attribution.workbench import OpenWorkbench
+from isoray.cluster import Placement, ScalingConfig, connect, local_resources, plan, plan_training
+from isoray.config.base import Config, digest_of, slot
+from isoray.corpora.build import Built, build
+from isoray.corpora.config import CorporaConfig
+from isoray.corpora.sample import iterate_text
+from isoray.errors import DataError
+from isoray.evaluation.likelihood import StoreLosses
+from isoray.models.config import ModelConfig
+from isoray.models.load import check, prepare, weights_digest
+from isoray.objectives.lm import LanguageModelling
+from isoray.progress import Phase
+from isoray.recipes.base import Recipe
+from isoray.run import Run, read_step
+from isoray.training.config import ComputeConfig, TrainingConfig
+from isoray.training.fit import Fit, read_log
+from isoray.training.lane_jobs import Job, JobRecord, LaneEvent
+from isoray.training.lanes import Lanes, open_lanes
+from isoray.training.launch import launch
+
+
+class UnTrac(Recipe):
+    """Corpus attribution by unlearning, with ground truth and baselines."""
+
+    class Config(Recipe.Config):
+        """An UnTrac run."""
+
+        kind: Literal["untrac"] = "untrac"
+        """Corpus attribution by unlearning."""
+        question: str = ""
+        """What is asked, for the report: completes "Which of the training corpora ...?"."""
+        corpora: CorporaConfig
+        """The training corpora and the test sets."""
+        model: ModelConfig
+        """The model: where it starts from, or with `training: null` the trained model itself."""
+        training: TrainingConfig | None
+        """How the model is trained on all corpora; null: it already was."""
+        objective: slot("isoray.objectives") = LanguageModelling.Config()  # type: ignore[valid-type]
+        """The loss of that training."""
+        truth: TruthConfig | None = None
+        """Leave-one-out retraining, to hold the estimators against; null: none."""
+        untrac: UnTracConfig | None = UnTracConfig()
+        """Unlearn each training corpus."""
+        untrac_inv: UnTracInvConfig | None = UnTracInvConfig()
+        """Unlearn each test set."""
+        baselines: BaselinesConfig = BaselinesConfig()
+        """Gradient-based estimators."""
+        sample: SampleConfig = SampleConfig()
+        """Which part of the corpora the estimators see, and how often they are repeated."""
+        loss: Literal["example", "token"] = "example"
+        """What the loss of a set is the mean of: examples (each the mean of its tokens; the paper) or tokens."""
+        compute: ComputeConfig = ComputeConfig()
+        """How the model is computed."""
+        scaling: ScalingConfig = ScalingConfig()
+        """Workers and lanes."""
+        keep_vectors: bool = False
+        """Keep the gradient vectors of the baselines (4 bytes per parameter and set) after the run."""
+
+        @model_validator(mode="after")
+        def _possible(self) -> Self:
+            if not self.corpora.train or not self.corpora.test:
+                raise ValueError("corpora.train and corpora.test need at least one corpus each")
+            if self.training is None:
+                for name, wanted in (("truth", self.truth), ("baselines.tracin", self.baselines.tracin)):
+                    if wanted is not None:
+                        raise ValueError(f"`{name}` needs the training that it repeats: give `training`, or set it to null")
+            return self
+
+    config: Config
+
+    def run(self, run: Run) -> None:
+        """Corpora, model, training, truth and estimators, scores."""
+        config = self.config
+        check(config.model)
+        with _workers(config, run) as workers:
+            start, corpora = self._prepare(run)
+            trained = self._train(run, workers, start, corpora)
+            plan = self._plan(run, trained, corpora)
+            records, phases = self._attribute(run, workers, start, trained, plan)
+        self._finish(run, trained, plan, records, phases)
+
+    def _prepare(self, run: Run) -> tuple[Path, Built]:
+        """The starting model (with a tokenizer trained on the corpora where it has none) and the packed corpora."""
+        config = self.config
+        out = run.folder / "start"
+        with run.phase("corpora", jobs=1) as phase:
+            texts = iterate_text(config.corpora) if config.model.create is not None else None
+            start = prepare(config.model, out, texts, seed=config.seed)
+            built = build(
+                config.corpora,
+                start,
+                run.folder / "corpora",
+                executor="inprocess" if config.scaling.executor == "inprocess" else "auto",
+            )
+            phase.done()
+        for store in (*built.train, *built.test):
+            if not len(store):
+                raise DataError(f"corpus {store.name!r} has no blocks: its files or filters leave nothing.")
+        return start, built
+
+    def _train(self, run: Run, workers: _Workers, start: Path, corpora: Built) -> _Trained:
+        """The model trained on all corpora, by Ray Train; the given model where there is no training."""
+        config = self.config
+        if config.training is None:
+            return _Trained(start, [], [], [])
+        tracin = config.baselines.tracin
+        every = tracin.checkpoint_every if tracin is not None else None
+        inputs = [
+            [weights_digest(start), [store.digest for store in corpora.train], [store.digest for store in corpora.test]],
+            [config.training, config.objective, config.model.adapter, config.model.dtype, config.model.dropout],
+            [config.seed, every, config.loss, config.compute.precision],
+        ]
+
+        def work(folder: Path) -> dict[str, Any]:
+            log = folder / "metrics.jsonl"
+            fit = Fit(
+                start=start,
+                out=folder,
+                options=config.model,
+                corpora=tuple(store.folder for store in corpora.train),
+                evaluator=StoreLosses(
+                    tuple(store.folder for store in corpora.test), config.compute.evaluation_batch_tokens, config.loss
+                ),
+                objective=config.objective,
+                training=config.training,
+                compute=config.compute,
+                seed=config.seed,
+                log=log,
+                milestone_every=every,
+            )
+            with run.phase("training", jobs=1) as phase:
+                return launch(
+                    fit,
+                    placement=workers.training,
+                    scaling=config.scaling,
+                    scratch=run.folder / ".ray-train",
+                    on_tick=lambda: _show(phase, log),
+                )
+
+        reused = run.is_done("training", inputs)
+        result = run.step("training", inputs, work, resumable=True)
+        folder = run.step_folder("training")
+        kept = [int(path.name.removeprefix("step-")) for path in sorted(folder.glob("step-*"))]
+        log = read_log(folder / "metrics.jsonl")
+        marker = read_step(folder)
+        assert marker is not None
+        phase = {
+            "phase": "training",
+            "jobs": 1,
+            "seconds": marker["seconds"],
+            "worker_seconds": marker["seconds"] * workers.training.workers,
+            "peak_memory_mb": max((row["peak_memory_mb"] or 0.0 for row in log), default=None),
+            "reused": int(reused),
+        }
+        return _Trained(folder / "model", [step for step in kept if step < result["step"]], log, [phase])
+
+    def _plan(self, run: Run, trained: _Trained, corpora: Built) -> Plan:
+        config = self.config
+        steps = 0
+        if config.training is not None:
+            blocks = sum(len(store) for store in corpora.train)
+            steps = config.training.total_steps(-(-blocks // config.training.batch_size))
+        return Plan(
+            train=corpora.train,
+            test=corpora.test,
+            seed=config.seed,
+            sample=config.sample,
+            truth=config.truth,
+            untrac=config.untrac,
+            untrac_inv=config.untrac_inv,
+            baselines=config.baselines,
+            training=config.training,
+            objective=config.objective,
+            steps=steps,
+            milestones=trained.milestones,
+            scratch=run.folder / "scratch",
+        )
+
+    def _attribute(
+        self, run: Run, workers: _Workers, start: Path, trained: _Trained, plan: Plan
+    ) -> tuple[dict[str, JobRecord], list[tables.Row]]:
+        """All short jobs, on lanes that hold the model in memory: their records, and what each phase took."""
+        config = self.config
+        bench = OpenWorkbench(
+            starts={"trained": trained.model, "init": start}
+            | {milestone(step): run.step_folder("training") / milestone(step) for step in plan.milestones},
+            options=config.model,
+            compute=config.compute,
+            train=tuple(store.folder for store in plan.train),
+            test=tuple(store.folder for store in plan.test),
+            average=config.loss,
+            seed=config.seed,
+        )
+        digests = [store.digest for store in (*plan.train, *plan.test)]
+        digest = digest_of([weights_digest(trained.model), weights_digest(start), digests, config.loss])
+        phases: list[tuple[str, Iterable[Job]]] = [
+            ("leave-one-out", jobs_of.training_jobs(plan)),
+            ("unlearning", jobs_of.unlearning_jobs(plan)),
+            ("gradients", jobs_of.gradient_jobs(plan)),
+            ("Hessians", jobs_of.hessian_jobs(plan)),
+        ]
+        records: dict[str, JobRecord] = {}
+        took: list[tables.Row] = []
+        with open_lanes(bench, placement=workers.lanes, scaling=config.scaling) as lanes:
+            for name, jobs in phases:
+                if todo := list(jobs):
+                    clock = time.perf_counter()
+                    found = _do(run, lanes, name, todo, digest)
+                    took.append(tables.phase_row(name, found, seconds=time.perf_counter() - clock))
+                    records |= found
+        return records, took
+
+    def _finish(
+        self,
+        run: Run,
+        trained: _Trained,
+        plan: Plan,
+        records: Mapping[str, JobRecord],
+        phases: list[tables.Row],
+    ) -> None:
+        """Scores, agreement, tables, results."""
+        inputs = [sorted([key, record.result] for key, record in records.items()), self.config.baselines]
+        found = tables.Influence(run.step("scores", inputs, lambda _: tables.influence(plan, records).rows))
+        agreement, summary = tables.agreement_tables(found, tables.seconds_of(records))
+        run.finish(
+            metrics=tables.metrics(found, summary),
+            tables={
+                "influence": found.rows,
+                "agreement": agreement,
+                "agreement_summary": summary,
+                "curves": list(tables.curve_rows(plan, records)),
+                "training": list(tables.training_rows(plan, records, trained.log)),
+                "corpora": [
+                    tables.corpus_row(store, role)
+                    for role, stores in (("train", plan.train), ("test", plan.test))
+                    for store in stores
+                ],
+                "phases": trained.phases + phases,
+                "deviations": list(_deviations(self.config)),
+            },
+            artifacts={"model": trained.model} if trained.model.is_relative_to(run.folder) else {},
+        )
+        if not self.config.keep_vectors:
+            shutil.rmtree(plan.scratch / "vectors", ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class _Trained:
+    """The model under study and how it came about."""
+
+    model: Path
+    milestones: list[int]
+    log: list[tables.Row]
+    phases: list[tables.Row]
+
+
+@dataclass(frozen=True)
+class _Workers:
+    """Where trainings and lanes run."""
+
+    training: Placement
+    lanes: Placement
+
+
+@contextmanager
+def _workers(config: UnTrac.Config, run: Run) -> Iterator[_Workers]:
+    """Connects to Ray and adds up the resources of everything that will run, before anything starts."""
+    jobs = jobs_of.count_jobs(config.baselines, corpora=len(config.corpora.train), tests=len(config.corpora.test))
+    inprocess = config.scaling.executor == "inprocess"
+    with nullcontext(None) if inprocess else connect(run.address) as cluster:
+        resources = local_resources() if cluster is None else cluster.resources()
+        yield _Workers(plan_training(config.scaling, resources), plan(config.scaling, resources, jobs=jobs))
+
+
+def _do(run: Run, lanes: Lanes, name: str, jobs: list[Job], digest: str) -> dict[str, JobRecord]:
+    """One phase of jobs on the lanes, with its progress shown."""
+    results = run.folder / "jobs"
+    for job in jobs:
+        if isinstance(job, VectorJob) and not job.written():  # finished earlier, but its vectors were cleared away
+            (results / f"{job.key}.json").unlink(missing_ok=True)
+    with run.phase(name, jobs=len(jobs)) as phase:
+
+        def show(event: LaneEvent) -> None:
+            if event.kind in ("lane_lost", "lane_waiting"):
+                run.log(event=event.kind, message=event.message)
+            phase.advance(event.work * len(jobs) - phase.finished, event.job or "")
+
+        return lanes.run(jobs, results=results, bench_digest=digest, on_event=show)
+
+
+def _show(phase: Phase, log: Path) -> None:
+    """Advances the phase of a single training to where its log is."""
+    rows = read_log(log)
+    if rows:
+        phase.advance(rows[-1]["step"] / rows[-1]["of"] - phase.finished, f"step {rows[-1]['step']}")
+
+
+def _deviations(config: UnTrac.Config) -> Iterator[tables.Row]:
+    """What differs from the paper's setting, for the report."""
+    for name, ours, paper in (
+        ("untrac", config.untrac, UnTracConfig()),
+        ("untrac_inv", config.untrac_inv, UnTracInvConfig()),
+        ("truth", config.truth, TruthConfig()),
+    ):
+        for key in () if ours is None else type(ours).model_fields:
+            value, published = getattr(ours, key), getattr(paper, key)
+            if value != published and key not in ("evaluate_every", "log_every", "checkpoint_every", "keep_checkpoints"):
+                yield {"option": f"{name}.{key}", "value": _short(value), "paper": _short(published)}
+    if config.sample.seeds != 4:
+        yield {"option": "sample.seeds", "value": config.sample.seeds, "paper": 4}
+    if config.truth is not None:
+        yield {
+            "option": "leave-one-out batches",
+            "value": "those of the full training, with the excluded corpus's blocks replaced (less noise)",
+            "paper": "drawn anew",
+        }
+
+
+def _short(value: Any) -> str:
+    return ", ".join(f"{k} {v}" for k, v in value.model_dump().items()) if isinstance(value, Config) else str(value)
