@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import secrets
@@ -28,6 +29,7 @@ each other for ever when the actor pools hold every CPU. Workers that compute ne
 OBJECT_STORE_BYTES = 512 * 2**20
 """Upper limit of the object store of a Ray of our own; pages that nobody writes cost nothing."""
 
+_FOLDER_PREFIX = "isoray-ray-"
 _TOKEN = secrets.token_hex(32)
 
 
@@ -265,8 +267,10 @@ def connect(address: str | None = None, *, cores: int | None = None) -> Iterator
 @contextmanager
 def _own_ray(cores: int) -> Iterator[Cluster]:
     # Unix sockets lie below the folder and their paths may have 107 characters, so a long TMPDIR cannot be used.
-    base = tempfile.gettempdir()
-    folder = Path(tempfile.mkdtemp(prefix="isoray-", dir=base if len(base) <= 24 else "/tmp"))
+    base = Path(tempfile.gettempdir() if len(tempfile.gettempdir()) <= 24 else "/tmp")
+    _remove_abandoned(base)
+    folder = Path(tempfile.mkdtemp(prefix=_FOLDER_PREFIX, dir=base))
+    lock = _lock(folder)
     settings = {
         # Ray listens on all interfaces and asks for a token, which it would write into the home folder: there it would
         # switch authentication on for every later `ray start`. A token of this process's own is never written.
@@ -292,6 +296,29 @@ def _own_ray(cores: int) -> Iterator[Cluster]:
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int:
+    """Hold an flock in ``folder`` for as long as this process lives; raises BlockingIOError while another does."""
+    handle = os.open(folder / "owner.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _remove_abandoned(base: Path) -> None:
+    """Remove the folders of runs that were killed before they could do it."""
+    for file in base.glob(f"{_FOLDER_PREFIX}*/owner.lock"):
+        try:
+            lock = _lock(file.parent)
+        except OSError:  # in use, or somebody else's
+            continue
+        shutil.rmtree(file.parent, ignore_errors=True)
+        os.close(lock)
 
 
 @contextmanager

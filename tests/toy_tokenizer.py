@@ -16,14 +16,18 @@ def save_byte_tokenizer(folder: Path, *, adds_bos: bool = False, adds_eos: bool 
     """Token ids 0-255 stand for byte values, 256 for <s>, 257 for </s>. Returns ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = _byte_characters()
-    fast = tokenizers.Tokenizer(models.BPE(vocab={character: byte for byte, character in enumerate(alphabet)}, merges=[]))
+    fast = tokenizers.Tokenizer(
+        models.BPE(vocab={character: byte for byte, character in enumerate(alphabet)}, merges=[])
+    )
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<s>", "</s>"])
     assert fast.token_to_id("</s>") == EOS
     if adds_bos or adds_eos:
         template = ("<s> " if adds_bos else "") + "$A" + (" </s>" if adds_eos else "")
-        fast.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)])
+        fast.post_processor = processors.TemplateProcessing(
+            single=template, special_tokens=[("<s>", BOS), ("</s>", EOS)]
+        )
     fast.save(str(folder / "tokenizer.json"))
     config: dict[str, Any] = {"bos_token": "<s>", "tokenizer_class": "PreTrainedTokenizerFast"}
     if has_eos:

@@ -120,7 +120,7 @@ def missing_path(path: str | Path) -> str:
         wanted, parent = parent, parent.parent
     if not parent.is_dir():
         return f"{str(path)!r} does not exist: {parent} is a file"
-    entries = [entry.name for entry in parent.iterdir()]
+    entries = [entry.name for entry in parent.iterdir() if entry.name[0] != "." or wanted.name[0] == "."]
     hint = nearest(wanted.name, entries) if len(entries) <= 20 or close_to(wanted.name, entries) else ""
     return f"{str(path)!r} does not exist: {parent} has no {wanted.name!r}" + (f"; {hint}" if entries and hint else "")
 

@@ -90,12 +90,15 @@ def problems(error: ValidationError, model: type[BaseModel], raw: Any) -> dict[D
 
 
 def written_path(raw: Any, location: Iterable[str | int]) -> Dotted:
-    """pydantic's location without the names of union members in it, which nobody wrote."""
+    """pydantic's location as it was written: without the names of union members, which nobody wrote, and with the name
+    of an item where a mapping from names was taken as a list."""
     path: list[str] = []
     parts = list(location)
     for position, part in enumerate(parts):
         last = position == len(parts) - 1
         if isinstance(raw, Mapping):
+            if isinstance(part, int) and part not in raw and part < len(raw):
+                part = list(raw)[part]
             if part not in raw and not last:
                 continue
             raw = raw.get(part)

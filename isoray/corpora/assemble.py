@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from isoray.corpora.config import CorporaConfig
 from isoray.corpora.documents import CorpusPlan, Run, TaskReport, bad_row_message, runs_of
@@ -128,8 +129,15 @@ def finish(assembly: Assembly, config: CorporaConfig, tokenizer: Tokenizer) -> B
         if quarantined.exists():
             (plan.folder / "quarantine").mkdir(exist_ok=True)
             shutil.copyfile(quarantined, plan.folder / "quarantine" / f"task-{task:05d}.jsonl")
-    shutil.rmtree(plan.folder / "documents")
+    remove_scratch(plan.folder)
     return store
+
+
+def remove_scratch(folder: Path) -> None:
+    """Remove what is only needed while the store in ``folder`` is built, and what killed attempts left behind."""
+    shutil.rmtree(folder / "documents", ignore_errors=True)
+    for left in folder.glob(".*"):
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
 def _file_reports(assembly: Assembly) -> list[FileReport]:

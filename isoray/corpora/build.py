@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import isoray
 from isoray.config.base import digest_of
-from isoray.corpora.assemble import Assembly, assemble, finish
+from isoray.corpora.assemble import Assembly, assemble, finish, remove_scratch
 from isoray.corpora.config import CorporaConfig, CorpusConfig
 from isoray.corpora.documents import CorpusPlan, TaskReport, tokenise_task
 from isoray.corpora.execute import Executor, Progress, carry_out, choose
@@ -102,6 +102,7 @@ def _is_complete(folder: Path) -> bool:
     except DataError:
         shutil.rmtree(folder)
         return False
+    remove_scratch(folder)
     return True
 
 

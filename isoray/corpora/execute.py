@@ -95,7 +95,7 @@ def _quiet() -> Iterator[None]:
     bars, logger = context.enable_progress_bars, logging.getLogger("ray.data")
     level = logger.level
     context.enable_progress_bars = False
-    logger.setLevel(logging.WARNING)
+    logger.setLevel(logging.ERROR)
     try:
         yield
     finally:

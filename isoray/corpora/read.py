@@ -66,7 +66,7 @@ def read_split(file: InputFile, split: Split, corpus: CorpusConfig, select: Sele
             yield row
             last = Row(row.position, row.line, {})
     except (pa.ArrowInvalid, EOFError, OSError) as error:
-        # Codecs report broken data as OSError without an errno; trouble with the storage itself has one, and is not ours.
+        # Codecs report broken data as OSError without an errno; trouble with the storage itself has one.
         if isinstance(error, OSError) and (error.errno is not None or not BROKEN_STREAM.search(str(error))):
             raise
         yield BadRow(

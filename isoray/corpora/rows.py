@@ -85,8 +85,8 @@ class Mapper:
         if size < (self.corpus.min_chars or 0) or size > (self.corpus.max_chars or size):
             return None
         identity = None if mapped.id is None else values[mapped.id]
-        license = (values[mapped.license] if mapped.license is not None else None) or self.corpus.license or ""
-        return Document(row.position, text, prompt, None if identity is None else str(identity), _clean(license))
+        licence = (values[mapped.license] if mapped.license is not None else None) or self.corpus.license or ""
+        return Document(row.position, text, prompt, None if identity is None else str(identity), _clean(licence))
 
     def _map(self, available: tuple[str, ...]) -> Mapped:
         if available not in self._known:

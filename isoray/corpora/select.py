@@ -177,11 +177,14 @@ def select(
         dropped = duplicates.get(number)
         used = used_tokens(documents, duplicates=dropped, cut=cut, seed=seed)
         good = usable(documents, dropped)
+        short = ~usable(documents, None)
+        if dropped is not None:
+            short[dropped] = False
         files = documents["file"]
         selection.tokens.append(int(used.sum()))
         selection.kept.update(_count(files[used > 0]))
         selection.sampled_out.update(_count(files[good & (used == 0)]))
-        selection.too_short.update(_count(files[~usable(documents, None)]))
+        selection.too_short.update(_count(files[short]))
         selection.duplicated.update(_count(files[found.get(number, np.zeros(0, np.int64))]))
         selection.licenses.update({(number, name): n for name, n in _count(documents["license"][used > 0]).items()})
         if longest is not None:

@@ -15,9 +15,9 @@ from typing import Any
 from isoray.config.base import nearest
 from isoray.errors import UserError
 
-ADJECTIVES = "amber brisk calm dusty eager faint grand hollow icy jolly keen lunar".split()
-CREATURES = "fox heron otter badger lynx raven toad viper wren moth seal hare".split()
-PLACES = "harbour meadow cavern orchard glacier tower desert lagoon canyon village".split()
+ADJECTIVES = "amber brisk calm dusty eager faint grand hollow".split()
+CREATURES = "fox heron otter badger lynx raven toad viper".split()
+PLACES = "harbour meadow cavern orchard glacier tower desert lagoon".split()
 NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve".split()
 WORLD = len(ADJECTIVES) * len(CREATURES)
 """Number of facts: one for each pair of adjective and creature."""
@@ -36,7 +36,7 @@ def facts(
     *,
     start: float = 0.0,
     stop: float = 1.0,
-    repeats: int = 6,
+    repeats: int = 8,
     templates: int = len(TEMPLATES),
     rows: int | None = None,
     seed: int = 0,

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from isoray import __version__
 from isoray.config.base import digest_of
 from isoray.run import storage_errors, to_json, write_json
 
@@ -70,7 +71,7 @@ class LaneEvent:
 
 
 def job_digest(job: Job, bench_digest: str = "") -> str:
-    """What a stored result must have been made from: the job's class and fields, and the bench's digest.
+    """What a stored result must have been made from: the job's class and fields, the bench's digest, isoray's version.
 
     ``cost`` and fields declared with ``compare=False`` (where things lie, not what they are) do not count.
     """
@@ -80,7 +81,7 @@ def job_digest(job: Job, bench_digest: str = "") -> str:
         for field in dataclasses.fields(job)
         if field.compare and field.name != "cost"
     }
-    return digest_of([type(job).__module__, type(job).__qualname__, fields, bench_digest])
+    return digest_of([type(job).__module__, type(job).__qualname__, fields, bench_digest, __version__])
 
 
 def _plain(value: object) -> object:

@@ -54,7 +54,7 @@ class Lanes(Protocol):
         """Do ``jobs`` and return their records by key, in the order given.
 
         Each result is kept as ``results/<key>.json`` with a digest of its job and of ``bench_digest`` (what the bench
-        holds: checkpoint, data, code version); one with the same digest is not done again. Raises what a job raised,
+        holds: checkpoint, data); one with the same digest is not done again. Raises what a job raised,
         and InfraError when workers are lost too often or the storage refuses.
         """
 

@@ -153,8 +153,8 @@ def test_benches_that_always_die_end_in_a_named_error(ray: Cluster, tmp_path: Pa
     placement = plan(config, ray.resources())
     marks = tmp_path / "marks"
     marks.mkdir()
+    bench = MakeBench(marks, dies=True)
     with pytest.raises(InfraError, match=r"lost 3 times in a row without a job finishing.*2 lanes x 1 worker x 1 CPU"):
-        bench = MakeBench(marks, dies=True)
         run_jobs(walks(2), open_bench=bench, placement=placement, scaling=config, results=tmp_path / "results")
     opened = [int(path.name.rpartition("-")[2]) for path in marks.iterdir()]
     assert len(opened) >= 3
@@ -179,7 +179,7 @@ print(sum(record.reused for record in records.values()), {{k: r.result["sum"] fo
 """
 
 
-def test_a_killed_driver_leaves_no_process_and_the_next_run_does_only_what_is_missing(
+def test_a_killed_driver_takes_its_workers_along_and_the_next_run_does_only_what_is_missing(
     tmp_path: Path, undisturbed: dict[str, float]
 ) -> None:
     (tmp_path / "marks").mkdir()
@@ -192,11 +192,13 @@ def test_a_killed_driver_leaves_no_process_and_the_next_run_does_only_what_is_mi
         wait_for(lambda: len(list(results.glob("walk-*.json"))) == 5, "five of six jobs are done")
         wait_for(lambda: pids(tmp_path / "marks", "walk-0"), "the last job starts")
         family = psutil.Process(driver.pid).children(recursive=True)
-        worker = pids(tmp_path / "marks", "walk-0").pop()
-        assert worker in {process.pid for process in family}
+        # Ray's two agents try for a minute to tell the dead GCS about it before they end.
+        ends = {process.pid: process.name() for process in family if not process.name().endswith("Agent")}
+        assert pids(tmp_path / "marks", "walk-0") <= set(ends)
+        assert "raylet" in ends.values()
         driver.kill()
         assert driver.wait(10) == -signal.SIGKILL
-        wait_for(lambda: all(gone(process.pid) for process in family), "Ray and its workers end with their driver")
+        wait_for(lambda: all(gone(pid) for pid in ends), "Ray and its workers end with their driver", 20)
         assert not (results / "walk-0.json").exists()
         (tmp_path / "gate").touch()
         again = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=BOUND_S)

@@ -8,7 +8,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
@@ -24,14 +23,12 @@ def _toy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.syspath_prepend(str(TOY))
     monkeypatch.chdir(tmp_path)
     (tmp_path / "toy.yaml").write_text("kind: toy_recipe:Toy\nseed: 2\n")
-    report = ModuleType("isoray.report")
 
     def build(folder: Path) -> Path:
         (folder / "report.html").write_text("report")
         return folder / "report.html"
 
-    report.__dict__["build"] = build
-    monkeypatch.setitem(sys.modules, "isoray.report", report)
+    monkeypatch.setattr("isoray.report.build", build)
 
 
 def status(*arguments: str) -> int:

@@ -174,6 +174,7 @@ def test_wrong_overrides_are_told(override: str, message: str) -> None:
             "c.yaml:2: training.schedule: expected 'constant' or 'linear', got 'liner'; did",
         ),
         ("training: {steps: 2000, schedule: linear}", "c.yaml:2: training: linear schedules have at most 1000 steps"),
+        ("parts: {x: {}, y: {stepz: 1}}", "c.yaml:2: parts.y.stepz: unknown key; did you mean 'steps'?"),
         ("root: corpra", "c.yaml:2: root: 'corpra' does not exist: "),
     ],
 )

@@ -254,7 +254,9 @@ def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
 
 def test_tasks_cover_the_input_once_and_in_order() -> None:
     corpus = corpus_at("x")
-    files = [InputFile(f"/nowhere/{i}.jsonl", f"{i}.jsonl", "jsonl", size) for i, size in enumerate([5, 250, 0, 30, 100])]
+    files = [
+        InputFile(f"/nowhere/{i}.jsonl", f"{i}.jsonl", "jsonl", size) for i, size in enumerate([5, 250, 0, 30, 100])
+    ]
     tasks = plan_tasks(files, corpus, task_bytes=100)
     splits = [split for task in tasks for split in task]
     assert splits == [

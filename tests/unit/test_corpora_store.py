@@ -101,9 +101,13 @@ def test_incomplete_and_damaged_stores_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path: Path) -> None:
-    with pytest.raises(OSError, match="disk"), atomic_folder(tmp_path / "shard-00000") as scratch:
-        (scratch / "tokens.npy").write_bytes(b"half")
-        raise OSError("disk full")
+    def write_half() -> None:
+        with atomic_folder(tmp_path / "shard-00000") as scratch:
+            (scratch / "tokens.npy").write_bytes(b"half")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_half()
     assert os.listdir(tmp_path) == []
 
 

@@ -51,7 +51,7 @@ def test_special_tokens(
 ) -> None:
     folder = save_byte_tokenizer(tmp_path, **tokenizer)
     found = encode(folder, [text("ab\u00e9"), text("x")], **settings)
-    assert found == [(before + [97, 98, 0xC3, 0xA9] + after, 0), (before + [120] + after, 0)]
+    assert found == [([*before, 97, 98, 0xC3, 0xA9, *after], 0), ([*before, 120, *after], 0)]
 
 
 def test_prompts_and_responses(tmp_path: Path) -> None:
@@ -98,12 +98,25 @@ def test_slices_make_up_the_text() -> None:
 
 def test_slicing_leaves_no_trace_in_byte_level_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     draw = random.Random(0)
-    words = ["the", "cat's", "sat  on", "mat,", "\u732b\u304c", "x1 23", "\n\n", "   ", "it.\n", "\tdef f(x):\n    return"]
+    words = [
+        "the",
+        "cat's",
+        "sat  on",
+        "mat,",
+        "\u732b\u304c",
+        "x1 23",
+        "\n\n",
+        "   ",
+        "it.\n",
+        "\tdef f(x):\n    return",
+    ]
     content = " ".join(draw.choice(words) for _ in range(5000))
     fast = tokenizers.Tokenizer(models.BPE())
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    fast.train_from_iterator([content], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False))
+    fast.train_from_iterator(
+        [content], trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    )
     fast.save(str(tmp_path / "tokenizer.json"))
     whole = encode(tmp_path, [text(content)], append_eos=False)
     monkeypatch.setattr(tokenise, "SLICE_CHARS", 500)

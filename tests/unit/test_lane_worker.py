@@ -24,7 +24,7 @@ class Unbuildable(DataError):
 def caught(error: Exception) -> Exception:
     try:
         raise error
-    except Exception as raised:
+    except Exception as raised:  # noqa: BLE001 - any is what this is about
         return failed(raised).error()
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from toy_parts.fast import Fast
 
 from isoray.config.base import Component, Config, ExistingPath, Slot
@@ -68,6 +68,11 @@ class Toy(Recipe):
         """A union."""
         fail: str | None = None
         """Which error to raise between the two steps."""
+
+        @field_validator("parts", mode="before")
+        @classmethod
+        def _from_names(cls, value: Any) -> Any:
+            return list(value.values()) if isinstance(value, dict) else value
 
     config: Config
 
