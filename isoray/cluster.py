@@ -7,6 +7,7 @@ import logging
 import os
 import secrets
 import shutil
+import socket
 import sys
 import sysconfig
 import tempfile
@@ -29,6 +30,7 @@ each other for ever when the actor pools hold every CPU. Workers that compute ne
 OBJECT_STORE_BYTES = 512 * 2**20
 """Upper limit of the object store of a Ray of our own; pages that nobody writes cost nothing."""
 
+_PATIENCE = "RAY_gcs_server_port_wait_time_s"
 _FOLDER_PREFIX = "isoray-ray-"
 _TOKEN = secrets.token_hex(32)
 
@@ -251,17 +253,33 @@ def connect(address: str | None = None, *, cores: int | None = None) -> Iterator
         with _own_ray(cores or _cores()) as cluster:
             yield cluster
         return
-    try:
-        ray.init(address=address, runtime_env=_shipped_code(), logging_level=logging.ERROR, log_to_driver=False)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise InfraError(
-            f"no Ray cluster answers at {address!r}: {error}. Start one (`ray start --head`), correct the address, "
-            "or leave it out to run on this machine"
-        ) from error
+    _join(address)
     try:
         yield Cluster(address)
     finally:
         ray.shutdown()
+
+
+def _join(address: str) -> None:
+    import ray
+
+    wait = os.environ.get(_PATIENCE, "1")  # by default Ray tries for a quarter of an hour
+    try:
+        _check_listens(os.environ.get("RAY_ADDRESS", address) if address == "auto" else address)
+        with _environment({_PATIENCE: wait}):
+            ray.init(address=address, runtime_env=_shipped_code(), logging_level=logging.ERROR, log_to_driver=False)
+    except (OSError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+        raise InfraError(
+            f"no Ray cluster answers at {address!r}: {error}. Start one (`ray start --head`), correct the address, "
+            "or leave it out to run on this machine"
+        ) from error
+
+
+def _check_listens(address: str) -> None:
+    """Raise OSError when nobody listens at an address of the form ``host:port`` or ``scheme://host:port``."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
 
 
 @contextmanager

@@ -119,7 +119,7 @@ class CorporaConfig(Config):
     separator: str = "\n"
     """Text between a prompt and its response; it belongs to the prompt."""
     shuffle: bool = True
-    """Whether documents are shuffled (within windows of 32 million tokens) before they are packed. Blocks are shuffled
+    """Whether documents are shuffled (within windows of 16 million tokens) before they are packed. Blocks are shuffled
     over the whole mixture later, by the stream."""
     seed: int = 0
     """Seed of the shuffle and of `limit` and `max_tokens`."""

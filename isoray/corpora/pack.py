@@ -129,16 +129,38 @@ def one_per_block(
     return Cuts(tokens, offsets, np.zeros(0, np.int64), flat.labels)
 
 
+def count_labels(
+    offsets: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_] | None
+) -> npt.NDArray[np.int32]:
+    """int32 [blocks]: tokens of each block that carry a label: all (or those in ``labels``) but the first of a segment.
+
+    ``starts``: where a second, third, ... segment starts inside a block.
+    """
+    lengths = np.diff(offsets)
+    if labels is None:
+        segments = np.diff(np.searchsorted(starts, offsets)) + (lengths > 0)
+        return (lengths - segments).astype(np.int32)
+    mask = np.append(carries_label(offsets, starts, labels), False)
+    counts = np.add.reduceat(mask, offsets[:-1], dtype=np.int64) if len(lengths) else lengths
+    return np.where(lengths > 0, counts, 0).astype(np.int32)
+
+
+def carries_label(
+    offsets: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], labels: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.bool_]:
+    """bool [tokens]: ``labels`` without the first token of each segment."""
+    mask = labels.copy()
+    mask[offsets[:-1][np.diff(offsets) > 0]] = False
+    mask[starts] = False
+    return mask
+
+
 def without_unlabelled(cuts: Cuts) -> Cuts:
     """``cuts`` less the blocks in which no token carries a label: there is nothing to learn from them."""
-    lengths = np.diff(cuts.offsets)
-    labels = np.ones(len(cuts.tokens), np.bool_) if cuts.labels is None else cuts.labels.copy()
-    labels[cuts.offsets[:-1][lengths > 0]] = False
-    labels[cuts.starts] = False
-    total = np.append(0, np.cumsum(labels))
-    keep = total[cuts.offsets[1:]] > total[cuts.offsets[:-1]]
+    keep = count_labels(cuts.offsets, cuts.starts, cuts.labels) > 0
     if keep.all():
         return cuts
+    lengths = np.diff(cuts.offsets)
     kept = np.repeat(keep, lengths)
     moved = np.append(0, np.cumsum(kept))
     return Cuts(

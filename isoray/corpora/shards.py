@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from isoray.corpora.manifest import MANIFEST, Manifest, ShardReport
+from isoray.corpora.pack import carries_label, count_labels
 from isoray.corpora.store import IGNORED, Block, BlockStore, content_digest
 
 TOKENS_PER_SHARD = 1 << 24
@@ -39,16 +40,13 @@ def write_shard(
     The first token of a segment never carries a label. ``extra`` arrays are kept beside the others.
     """
     tokens = tokens.astype(token_dtype(vocab_size), copy=False)
-    firsts = np.union1d(offsets[:-1][np.diff(offsets) > 0], starts)
-    mask = np.ones(len(tokens), np.bool_) if labels is None else labels.copy()
-    mask[firsts] = False
-    if labels is not None and mask.sum() == len(tokens) - len(firsts):
-        labels = None
-    counts = np.add.reduceat(np.append(mask, False), offsets[:-1], dtype=np.int64) if len(offsets) > 1 else offsets[:0]
-    counts = np.where(np.diff(offsets) > 0, counts, 0).astype(np.int32)
+    counts = count_labels(offsets, starts, labels)
+    segments = int((np.diff(offsets) > 0).sum()) + len(starts)
     arrays = {"tokens": tokens, "offsets": offsets, "starts": starts, "label_counts": counts}
+    if labels is not None and int(counts.sum()) == len(tokens) - segments:
+        labels = None
     if labels is not None:
-        arrays["labels"] = mask
+        labels = arrays["labels"] = carries_label(offsets, starts, labels)
     arrays.update(extra or {})
     final = folder / f"shard-{number:05d}"
     with atomic_folder(final) as scratch:
@@ -58,9 +56,9 @@ def write_shard(
             folder=final.name,
             blocks=len(offsets) - 1,
             tokens=len(tokens),
-            label_tokens=int(mask.sum()),
-            segments=len(firsts),
-            digest=content_digest(tokens, offsets, starts, None if labels is None else mask),
+            label_tokens=int(counts.sum()),
+            segments=segments,
+            digest=content_digest(tokens, offsets, starts, labels),
             bytes={f"{name}.npy": (scratch / f"{name}.npy").stat().st_size for name in arrays},
         )
         (scratch / "shard.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")

@@ -26,7 +26,7 @@ from isoray.corpora.pack import (
 from isoray.corpora.select import Cut, order_keys, used_tokens
 from isoray.corpora.shards import atomic_file, read_shard_report, write_shard
 
-WINDOW_TOKENS = 1 << 25
+WINDOW_TOKENS = 1 << 24
 ORIGIN = np.dtype([("file", "<u4"), ("license", "<u2"), ("position", "<i8"), ("tokens", "<u4"), ("digest", "V16")])
 """`origins.npy` of a shard: where each document of its window came from (file and licence by number in the manifest),
 how many tokens of it are used, and the BLAKE2b of its text; in the order in which the blocks hold them."""

@@ -39,6 +39,9 @@ def content(run: RunFiles) -> Content:
 def _question(run: RunFiles, scores: Scores) -> str:
     trained = len(scores.corpora) or sum(row.get("role") == "train" for row in run.table("corpora"))
     which = f"Which of the {trained} training corpora" if trained > 1 else "Which training corpora"
+    asked = (run.config or {}).get("question")
+    if isinstance(asked, str) and asked:
+        return f"{which} {asked.rstrip('?')}?"
     if 0 < len(scores.tests) <= 2:
         return f"{which} made the model do {' and '.join(f'“{t}”' for t in scores.tests)}?"
     return f"{which} made the model behave like the {len(scores.tests) or ''} test sets?".replace("  ", " ")
