@@ -12,7 +12,7 @@ Contenders, each in a process of its own, in turn, ``--rounds`` times:
 
 The seconds are those of the work itself, from the files to what is on disk: imports and ``ray.init`` are not in them,
 the start of worker processes and actors is. Memory is the greatest sum of proportional set sizes over the process tree,
-measured every 50 ms. The text is real (ISORAY_DATA, else ../shared/data, else the standard library's sources), repeated
+measured five times a second. The text is real (ISORAY_DATA, else ../shared/data, else the standard library's sources), repeated
 with its lines in another order until it is large enough.
 """
 
@@ -22,25 +22,21 @@ import argparse
 import gzip
 import json
 import os
-import platform
 import random
 import statistics
-import subprocess
 import sys
 import sysconfig
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+from measuring import CORES, REPOSITORY, environment, run, save, show_environment
 
 LENGTH = 1024
 FILES = 8
 EOS = "</s>"
-REPOSITORY = Path(__file__).resolve().parents[1]
-BASELINE = REPOSITORY / "benchmarks" / "baselines" / "data.json"
 CONTENDERS = ("bare", "datasets", "datatrove", "isoray", "isoray-ray")
 
 
@@ -49,10 +45,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--megabytes", type=int, default=50)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--processes", type=int, default=CORES)
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--growth", type=int, default=3, help="how much larger the memory check's input is; 0: none")
-    parser.add_argument("--save", action="store_true", help=f"write {BASELINE.relative_to(REPOSITORY)}")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/baselines/data.json")
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--work", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -62,29 +58,25 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="isoray-benchmark-") as folder:
         results = compare(Path(folder), arguments)
     if arguments.save:
-        BASELINE.parent.mkdir(exist_ok=True)
-        BASELINE.write_text(json.dumps(results, indent=1) + "\n")
-        print(f"\nwritten: {BASELINE.relative_to(REPOSITORY)}")
+        save("data", results)
 
 
 def compare(folder: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run everything below ``folder``; returns what is printed."""
-    environment = describe_environment()
-    for name, value in environment.items():
-        print(f"{name + ':':14}{value}")
+    found = environment("ray", "tokenizers", "transformers", "datasets", "datatrove", "pyarrow", "numpy")
+    show_environment(found)
     size = write_input(folder / "input", arguments.megabytes * 10**6)
     train_tokenizer(folder / "tokenizer", folder / "input")
     amount = f"{size / 1e6:.1f} MB in {FILES} files"
-    print(f"{'input:':14}{amount}; blocks of {LENGTH} tokens; {arguments.processes} processes\n")
+    print(f"{amount}; blocks of {LENGTH} tokens; {arguments.processes} processes\n")
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in arguments.contenders}
     for turn in range(arguments.rounds):
         for name in arguments.contenders[turn % len(runs) :] + arguments.contenders[: turn % len(runs)]:
-            run = measure(name, folder, arguments.processes)
-            runs[name].append(run)
-            print(f"round {turn + 1}  {name:11} {run['seconds']:7.2f} s", flush=True)
-    table = {name: summarise(found) for name, found in runs.items()}
+            runs[name].append(measure(name, folder, arguments.processes))
+            print(f"round {turn + 1}  {name:11} {runs[name][-1]['seconds']:7.2f} s", flush=True)
+    table = {name: summarise(every) for name, every in runs.items()}
     print_table(table, size)
-    results: dict[str, Any] = {"environment": environment, "megabytes": size / 1e6, "results": table}
+    results: dict[str, Any] = {"environment": found, "megabytes": size / 1e6, "results": table}
     if arguments.growth:
         results["memory_growth"] = check_growth(folder, arguments, table)
     return results
@@ -129,84 +121,14 @@ def check_growth(folder: Path, arguments: argparse.Namespace, table: dict[str, A
 
 def measure(name: str, folder: Path, processes: int) -> dict[str, float]:
     """Run one contender in a process of its own."""
-    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as work:
+    with tempfile.TemporaryDirectory(dir=folder, prefix=f"{name}-") as scratch:
+        work = Path(scratch)
         for shared in ("input", "tokenizer"):
-            (Path(work) / shared).symlink_to(folder / shared)
-        command = [sys.executable, __file__, "--one", name, "--work", work, "--processes", str(processes)]
-        environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
-        begin = time.perf_counter()
-        with (Path(work) / "log").open("w+") as log:
-            child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment)
-            with Peak(child.pid) as peak:
-                output, _ = child.communicate()
-            if child.returncode:
-                log.seek(0)
-                sys.exit(f"{name} failed:\n{output}\n{log.read()}")
-        took = time.perf_counter() - begin
-        return {**json.loads(output.splitlines()[-1]), "process_seconds": took, "peak_mb": peak.bytes / 1e6}
-
-
-class Peak:
-    """The greatest memory of a process tree while the context is open."""
-
-    def __init__(self, pid: int) -> None:
-        self.pid = pid
-        self.bytes = 0
-        self._done = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-
-    def __enter__(self) -> Peak:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._done.set()
-        self._thread.join()
-
-    def _watch(self) -> None:
-        while not self._done.wait(0.05):
-            self.bytes = max(self.bytes, sum(map(proportional_set_size, tree_of(self.pid))))
-
-
-def tree_of(pid: int) -> Iterator[int]:
-    """``pid`` and all its descendants."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").glob("*/children"):
-        try:
-            children = task.read_text().split()
-        except OSError:
-            continue
-        for child in children:
-            yield from tree_of(int(child))
-
-
-def proportional_set_size(pid: int) -> int:
-    """Bytes of memory of a process, of shared pages its share; 0 when it is gone."""
-    try:
-        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-            if line.startswith("Pss:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    return 0
-
-
-def describe_environment() -> dict[str, str]:
-    """What the figures hang on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    packages = ("ray", "tokenizers", "transformers", "datasets", "datatrove", "pyarrow", "numpy")
-    command = ["git", "-C", str(REPOSITORY), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False)
-    return {
-        "machine": f"{cpu}, {len(os.sched_getaffinity(0))} cores, {memory:.0f} GiB",
-        "load": " ".join(f"{load:.1f}" for load in os.getloadavg()),
-        "python": platform.python_version(),
-        "packages": ", ".join(f"{name} {version(name)}" for name in packages),
-        "commit": commit.stdout.strip() or "?",
-        "date": time.strftime("%Y-%m-%d"),
-    }
+            (work / shared).symlink_to(folder / shared)
+        command = [sys.executable, __file__, "--one", name, "--work", scratch, "--processes", str(processes)]
+        cost = run([command], log=work / "log")
+        found = json.loads((work / "result.json").read_text())
+        return {**found, "process_seconds": cost.seconds, "peak_mb": cost.peak_mb}
 
 
 def texts() -> Iterator[str]:
@@ -264,7 +186,7 @@ def train_tokenizer(folder: Path, source: Path) -> None:
 
 
 def run_one(name: str, work: Path, processes: int) -> None:
-    """Do the work of one contender in this process; print seconds and tokens as JSON."""
+    """Do the work of one contender in this process; write its seconds and tokens as JSON."""
     contenders: dict[str, Callable[[Path, int], tuple[float, int]]] = {
         "bare": run_bare,
         "datasets": run_datasets,
@@ -273,7 +195,7 @@ def run_one(name: str, work: Path, processes: int) -> None:
         "isoray-ray": run_isoray_on_ray,
     }
     seconds, tokens = contenders[name](work, processes)
-    print(json.dumps({"seconds": seconds, "tokens": tokens}))
+    (work / "result.json").write_text(json.dumps({"seconds": seconds, "tokens": tokens}))
 
 
 def run_bare(work: Path, _: int) -> tuple[float, int]:

@@ -67,11 +67,10 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     """Write the report of a run again."""
     from isoray.report import build
 
-    if not (folder / "results.json").is_file():
+    if not folder.exists():
         from isoray.config.base import missing_path
 
-        unfinished = f"{folder} has no results.json; expected the folder of a finished run"
-        raise UserError(unfinished if folder.is_dir() else f"no such run: {missing_path(folder)}")
+        raise UserError(f"no such run: {missing_path(folder)}")
     _find_code_here()
     typer.echo(f"report: {build(folder)}")
 

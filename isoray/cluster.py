@@ -137,6 +137,10 @@ class Cluster:
         return Resources(tuple(nodes))
 
 
+_open: list[Cluster] = []
+"""The connection that :func:`connect` holds, if any: Ray has one for the whole process."""
+
+
 def local_resources() -> Resources:
     """This machine without Ray: the cores that this process may use, and its memory. GPUs are left to torch."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -247,20 +251,18 @@ def connect(address: str | None = None, *, cores: int | None = None) -> Iterator
     import ray
 
     if ray.is_initialized():
-        yield Cluster(address or "already connected")
+        yield _open[-1] if _open else Cluster("connected by others")
         return
-    if address is None:
-        with _own_ray(cores or _cores()) as cluster:
+    with _own_ray(cores or _cores()) if address is None else _joined(address) as cluster:
+        _open.append(cluster)
+        try:
             yield cluster
-        return
-    _join(address)
-    try:
-        yield Cluster(address)
-    finally:
-        ray.shutdown()
+        finally:
+            _open.pop()
 
 
-def _join(address: str) -> None:
+@contextmanager
+def _joined(address: str) -> Iterator[Cluster]:
     import ray
 
     wait = os.environ.get(_PATIENCE, "1")  # by default Ray tries for a quarter of an hour
@@ -273,6 +275,10 @@ def _join(address: str) -> None:
             f"no Ray cluster answers at {address!r}: {error}. Start one (`ray start --head`), correct the address, "
             "or leave it out to run on this machine"
         ) from error
+    try:
+        yield Cluster(address)
+    finally:
+        ray.shutdown()
 
 
 def _check_listens(address: str) -> None:
@@ -341,7 +347,8 @@ def _remove_abandoned(base: Path) -> None:
 
 @contextmanager
 def _environment(settings: Mapping[str, str]) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in (*settings, "RAY_AUTH_MODE")}  # the latter is set by ray.init
+    set_by_ray = ("RAY_AUTH_MODE", "PYTHONBREAKPOINT")
+    before = {name: os.environ.get(name) for name in (*settings, *set_by_ray)}
     os.environ.update(settings)
     try:
         yield

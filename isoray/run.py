@@ -27,6 +27,10 @@ from isoray.errors import InfraError, UserError
 from isoray.progress import Phase
 
 STORAGE_ERRNOS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.ESTALE, errno.EFBIG})
+UNUSABLE_ERRNOS = frozenset(
+    {errno.EACCES, errno.EPERM, errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP, errno.EINVAL}
+)
+"""What the choice of a folder that cannot be made or written is answered with."""
 MARKER = "step.json"
 
 
@@ -58,7 +62,7 @@ class Run:
         work in it, InfraError when it cannot be written.
         """
         path = Path(folder).absolute()
-        if "://" in str(folder):
+        if re.match(r"[A-Za-z][\w+.-]+:/", str(folder)):  # pathlib makes one slash of two
             raise UserError(f"{str(folder)!r}: a run folder must be on a file system; expected a path, not a URI")
         with storage_errors(path, forbidden=True):
             _check_run_folder(path)
@@ -223,12 +227,12 @@ def to_json(value: object, *, strict: bool = False) -> Any:
 
 @contextmanager
 def storage_errors(path: Path, *, forbidden: bool = False) -> Iterator[None]:
-    """Turn a full or broken disk (with ``forbidden``, also missing rights) met inside into an error for people."""
+    """Turn a full or broken disk (with ``forbidden``, also a folder that cannot be) into an error for people."""
     try:
         yield
     except OSError as error:
         told: UserError | InfraError | None = storage_error(error, path)
-        if forbidden and error.errno in (errno.EACCES, errno.EPERM):
+        if forbidden and error.errno in UNUSABLE_ERRNOS:
             told = UserError(f"cannot write {path}: {error.strerror}; choose another folder with --out")
         if told is None:
             raise

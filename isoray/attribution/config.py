@@ -1,12 +1,56 @@
-"""Settings of the baselines UnTrac is compared with; the defaults are those of Isonuma & Titov (ACL 2024)."""
+"""Settings of UnTrac, of the truth and of the baselines; the defaults are those of Isonuma & Titov (ACL 2024)."""
 
 from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from isoray.config.base import Config
+from isoray.training.config import TrainingConfig
+
+
+class TruthConfig(Config):
+    """Leave-one-out ground truth: the same training, for the same number of steps, without one corpus."""
+
+    repeats: PositiveInt = 1
+    """Trainings per corpus, each with another order of the data; the truth is their mean (paper: 1)."""
+
+
+class UnTracConfig(TrainingConfig):
+    """How a corpus is unlearnt: gradient ascent; the defaults are the paper's."""
+
+    epochs: float | None = Field(default=1.0, gt=0)
+    """Passes over the corpus's sample; give this or `steps`."""
+    batch_size: PositiveInt = 1
+    """Blocks per step."""
+
+
+class UnTracInvConfig(TrainingConfig):
+    """How a test set is unlearnt: gradient ascent; the defaults are the paper's."""
+
+    steps: PositiveInt | None = 5
+    """Optimizer steps; give this or `epochs`."""
+    batch_size: PositiveInt = 256
+    """Blocks per step, at most the whole test set."""
+
+
+class VariantConfig(Config):
+    """Further settings of UnTrac and UnTrac-Inv in the same run, for studies; each starts from the run's own."""
+
+    untrac: UnTracConfig | None = None
+    """Unlearn each training corpus also like this."""
+    untrac_inv: UnTracInvConfig | None = None
+    """Unlearn each test set also like this."""
+
+
+class SampleConfig(Config):
+    """Which part of the training corpora the estimators see."""
+
+    seeds: PositiveInt = 1
+    """Repetitions of every estimator, each on another sample in another order; their spread is reported (paper: 4)."""
+    blocks: PositiveInt | None = 10_000
+    """Blocks drawn from each training corpus; none: all of them (paper: 10,000)."""
 
 
 class GradientConfig(Config):
@@ -85,3 +129,16 @@ class ArnoldiConfig(HessianConfig):
                 "holds n eigenpairs; lower `eigenpairs` or raise `dimension`"
             )
         return self
+
+
+class BaselinesConfig(Config):
+    """The estimators UnTrac is compared with; null leaves one out."""
+
+    gradient: GradientConfig | None = None
+    """GradDot and GradCos."""
+    tracin: TracInConfig | None = None
+    """TracIn, over checkpoints of the full training."""
+    lissa: LissaConfig | None = None
+    """Hessian-based influence by LiSSA."""
+    arnoldi: ArnoldiConfig | None = None
+    """Hessian-based influence by Arnoldi iteration."""

@@ -27,6 +27,7 @@ from isoray.objectives.base import Objective
 from isoray.objectives.gradient_ascent import GradientAscent
 from isoray.objectives.reduce import example_nll_sum, label_counts, token_nll
 from isoray.training.config import TrainingConfig
+from isoray.training.fit import log_step, read_log
 from isoray.training.loop import train
 from isoray.training.state import Checkpoints
 
@@ -101,9 +102,12 @@ class Retrain:
             exclude=[self.exclude] if self.exclude else [],
         )
         config = self.training.model_copy(update={"steps": self.steps, "epochs": None})
-        fingerprint = digest_of([stream.fingerprint, config.model_dump(mode="json"), self.objective.model_dump()])
+        settings = [config.model_dump(mode="json"), self.objective.model_dump(mode="json")]
+        fingerprint = digest_of([bench.digest, stream.fingerprint, *settings])
         checkpoints = Checkpoints(self.scratch / self.key, fingerprint, keep=config.keep_checkpoints)
-        rows: list[dict[str, Any]] = []
+        # On disk, because a resumed training does not report the steps before its checkpoint again.
+        log = self.scratch / f"{self.key}-{fingerprint}.jsonl"
+        self.scratch.mkdir(parents=True, exist_ok=True)
         losses: Mapping[str, float] = {}
         for step in train(
             parallel,
@@ -117,10 +121,14 @@ class Retrain:
             checkpoints=checkpoints,
         ):
             bench.progress(step.step / step.total)
-            rows.append({"step": step.step, "loss": step.loss, "learning_rate": step.learning_rate})
+            if bench.is_first:
+                log_step(log, self.key, step)
             losses = step.evaluation if step.evaluation is not None else losses
-        if bench.is_first:
-            checkpoints.clear()
+        if not bench.is_first:
+            return {}
+        rows = [{name: row[name] for name in ("step", "loss", "learning_rate")} for row in read_log(log)]
+        checkpoints.clear()
+        log.unlink()
         return {"losses": dict(losses), "steps": rows}
 
 
@@ -132,6 +140,8 @@ class Unlearn:
     (then samples of the training corpora are watched: UnTrac-Inv). Isonuma & Titov (ACL 2024), section 3.
     """
 
+    estimator: str
+    """What the scores are filed under: ``untrac``, ``untrac_inv``, or a variant of one."""
     forget: str
     inverse: bool
     training: TrainingConfig
@@ -143,7 +153,7 @@ class Unlearn:
 
     @property
     def key(self) -> str:
-        return f"{'untrac_inv' if self.inverse else 'untrac'}-{self.seed}-{self.forget}"
+        return f"{self.estimator}-{self.seed}-{self.forget}"
 
     @property
     def cost(self) -> float:

@@ -2,65 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pydantic import Field, PositiveInt
-
-from isoray.attribution.config import ArnoldiConfig, GradientConfig, LissaConfig, TracInConfig
+from isoray.attribution.config import (
+    BaselinesConfig,
+    SampleConfig,
+    TruthConfig,
+    UnTracConfig,
+    UnTracInvConfig,
+    VariantConfig,
+)
 from isoray.attribution.jobs import DominantEigenpairs, Evaluate, Gradient, InverseProducts, Retrain, Unlearn
-from isoray.config.base import Component, Config
+from isoray.config.base import Component
 from isoray.corpora.store import BlockStore
 from isoray.training.config import TrainingConfig
 from isoray.training.lane_jobs import Job
-
-
-class TruthConfig(Config):
-    """Leave-one-out ground truth: the same training, for the same number of steps, without one corpus."""
-
-    repeats: PositiveInt = 1
-    """Trainings per corpus, each with another order of the data; the truth is their mean (paper: 1)."""
-
-
-class UnTracConfig(TrainingConfig):
-    """How a corpus is unlearnt: gradient ascent; the defaults are the paper's."""
-
-    epochs: float | None = Field(default=1.0, gt=0)
-    """Passes over the corpus's sample; give this or `steps`."""
-    batch_size: PositiveInt = 1
-    """Blocks per step."""
-
-
-class UnTracInvConfig(TrainingConfig):
-    """How a test set is unlearnt: gradient ascent; the defaults are the paper's."""
-
-    steps: PositiveInt | None = 5
-    """Optimizer steps; give this or `epochs`."""
-    batch_size: PositiveInt = 256
-    """Blocks per step, at most the whole test set."""
-
-
-class SampleConfig(Config):
-    """Which part of the training corpora the estimators see."""
-
-    seeds: PositiveInt = 1
-    """Repetitions of every estimator, each on another sample in another order; their spread is reported (paper: 4)."""
-    blocks: PositiveInt | None = 10_000
-    """Blocks drawn from each training corpus; none: all of them (paper: 10,000)."""
-
-
-class BaselinesConfig(Config):
-    """The estimators UnTrac is compared with; null leaves one out."""
-
-    gradient: GradientConfig | None = None
-    """GradDot and GradCos."""
-    tracin: TracInConfig | None = None
-    """TracIn, over checkpoints of the full training."""
-    lissa: LissaConfig | None = None
-    """Hessian-based influence by LiSSA."""
-    arnoldi: ArnoldiConfig | None = None
-    """Hessian-based influence by Arnoldi iteration."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +32,7 @@ class Plan:
     truth: TruthConfig | None
     untrac: UnTracConfig | None
     untrac_inv: UnTracInvConfig | None
+    variants: Mapping[str, VariantConfig]
     baselines: BaselinesConfig
     training: TrainingConfig | None
     objective: Component.Config
@@ -88,6 +47,20 @@ class Plan:
     def seeds(self) -> range:
         """The estimators' data seeds."""
         return range(self.seed, self.seed + self.sample.seeds)
+
+    @property
+    def unlearnings(self) -> list[tuple[str, TrainingConfig, bool]]:
+        """Every setting of unlearning: the estimator's name, the setting, whether test sets are unlearnt.
+
+        A variant's estimator is called ``untrac.<variant>`` or ``untrac_inv.<variant>``.
+        """
+        named: list[tuple[str, TrainingConfig | None, bool]] = [
+            ("untrac", self.untrac, False),
+            ("untrac_inv", self.untrac_inv, True),
+        ]
+        for name, variant in self.variants.items():
+            named += [(f"untrac.{name}", variant.untrac, False), (f"untrac_inv.{name}", variant.untrac_inv, True)]
+        return [(estimator, settings, inverse) for estimator, settings, inverse in named if settings is not None]
 
     @property
     def starts(self) -> list[str]:
@@ -133,22 +106,19 @@ def training_jobs(plan: Plan) -> Iterator[Job]:
 
 
 def unlearning_jobs(plan: Plan) -> Iterator[Job]:
-    """UnTrac and UnTrac-Inv, for every data seed."""
+    """UnTrac, UnTrac-Inv and their variants, for every data seed."""
     for seed in plan.seeds:
-        for settings, stores, inverse in (
-            (plan.untrac, plan.train, False),
-            (plan.untrac_inv, plan.test, True),
-        ):
-            if settings is not None:
-                for store in stores:
-                    yield Unlearn(
-                        forget=store.name,
-                        inverse=inverse,
-                        training=settings,
-                        seed=seed,
-                        most=plan.sample.blocks,
-                        tokens=store.manifest.tokens,
-                    )
+        for estimator, settings, inverse in plan.unlearnings:
+            for store in plan.test if inverse else plan.train:
+                yield Unlearn(
+                    estimator=estimator,
+                    forget=store.name,
+                    inverse=inverse,
+                    training=settings,
+                    seed=seed,
+                    most=plan.sample.blocks,
+                    tokens=store.manifest.tokens,
+                )
 
 
 def gradient_jobs(plan: Plan) -> Iterator[Job]:

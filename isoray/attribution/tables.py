@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict
 from typing import Any
 
@@ -56,11 +56,10 @@ def influence(plan: Plan, records: Records) -> Influence:
     if plan.truth is not None:
         found.add("truth", None, _truth(plan, records))
     for seed in plan.seeds:
-        if plan.untrac is not None:
-            rises = {corpus: _rise(records[f"untrac-{seed}-{corpus}"]) for corpus in corpora}
-            found.add("untrac", seed, {test: {corpus: rises[corpus][test] for corpus in corpora} for test in tests})
-        if plan.untrac_inv is not None:
-            found.add("untrac_inv", seed, {test: _rise(records[f"untrac_inv-{seed}-{test}"]) for test in tests})
+        for estimator, _, inverse in plan.unlearnings:
+            rises = {name: _rise(records[f"{estimator}-{seed}-{name}"]) for name in (tests if inverse else corpora)}
+            by_test = rises if inverse else {test: {c: rises[c][test] for c in corpora} for test in tests}
+            found.add(estimator, seed, by_test)
         _add_baselines(found, plan, seed)
     return found
 
@@ -166,20 +165,19 @@ def metrics(found: Influence, summaries: list[Row]) -> dict[str, float]:
 
 def seconds_of(records: Records) -> dict[str, float]:
     """Worker seconds of each estimator over all its jobs; shared gradients count for each that needs them."""
-    at_model = _seconds(records, lambda key: "-trained-" in key and key.startswith("gradient-"))
-    return {
-        "untrac": _seconds(records, lambda key: key.startswith("untrac-")),
-        "untrac_inv": _seconds(records, lambda key: key.startswith("untrac_inv-")),
+    unlearning = sorted({key.partition("-")[0] for key in records if key.startswith("untrac")})
+    at_model = _seconds(records, "gradient-", containing="-trained-")
+    return {name: _seconds(records, f"{name}-") for name in unlearning} | {
         "grad_dot": at_model,
         "grad_cos": at_model,
-        "tracin": _seconds(records, lambda key: key.startswith("gradient-")),
-        "hif_lissa": at_model + _seconds(records, lambda key: key.startswith("lissa-")),
-        "hif_arnoldi": at_model + _seconds(records, lambda key: key.startswith("arnoldi-")),
+        "tracin": _seconds(records, "gradient-"),
+        "hif_lissa": at_model + _seconds(records, "lissa-"),
+        "hif_arnoldi": at_model + _seconds(records, "arnoldi-"),
     }
 
 
-def _seconds(records: Records, chosen: Callable[[str], bool]) -> float:
-    return round(sum(record.seconds for key, record in records.items() if chosen(key)), 3)
+def _seconds(records: Records, prefix: str, *, containing: str = "") -> float:
+    return round(sum(r.seconds for key, r in records.items() if key.startswith(prefix) and containing in key), 3)
 
 
 def phase_row(name: str, records: Records, *, seconds: float) -> Row:
@@ -197,15 +195,15 @@ def phase_row(name: str, records: Records, *, seconds: float) -> Row:
 def curve_rows(plan: Plan, records: Records) -> Iterator[Row]:
     """Table ``curves``: losses of the watched sets along every unlearning."""
     for seed in plan.seeds:
-        for estimator, stores in (("untrac", plan.train), ("untrac_inv", plan.test)):
-            for store in stores:
-                record = records.get(f"{estimator}-{seed}-{store.name}")
-                for point in record.result["curve"] if record is not None else ():
+        for estimator, _, inverse in plan.unlearnings:
+            for store in plan.test if inverse else plan.train:
+                record = records[f"{estimator}-{seed}-{store.name}"]
+                for point in record.result["curve"]:
                     for name, loss in point["losses"].items():
                         yield {
                             "estimator": estimator,
                             "seed": seed,
-                            "job": record.key if record is not None else None,
+                            "job": record.key,
                             "corpus": store.name,
                             "step": point["step"],
                             "set": name,

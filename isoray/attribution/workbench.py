@@ -37,6 +37,8 @@ class OpenWorkbench:
     average: Literal["example", "token"]
     """What the loss of a set is the mean of."""
     seed: int
+    digest: str = ""
+    """What the starts, the corpora and the options are, whatever folders they lie in."""
 
     def __call__(self, rank: Rank) -> Workbench:
         """The workbench of the worker at ``rank``."""
@@ -48,6 +50,7 @@ class Workbench:
 
     def __init__(self, plan: OpenWorkbench, rank: Rank) -> None:
         self.average = plan.average
+        self.digest = plan.digest
         self.compute = plan.compute
         self.progress: Callable[[float], None] = rank.progress
         self.train = {store.name: store for store in map(BlockStore.open, plan.train)}

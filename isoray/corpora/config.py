@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal, Self
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, GetJsonSchemaHandler, NonNegativeInt, PositiveInt, model_validator
+from pydantic_core import CoreSchema
 
-from isoray.config.base import Config
+from isoray.config.base import Config, ExistingPath
 
 Scalar = str | int | float | bool | None
 Format = Literal["auto", "jsonl", "parquet", "csv", "text", "arrow", "synthetic"]
@@ -94,16 +96,26 @@ class CorpusConfig(Config):
         return self
 
 
+@dataclass(frozen=True)
+class ByName:
+    """Annotation of a list of corpora: its JSON Schema also takes a mapping from names, as loading does."""
+
+    def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        listed = handler(schema)
+        named = {"type": "object", "additionalProperties": {"anyOf": [listed["items"], {"type": "null"}]}}
+        return {"anyOf": [named, listed]}
+
+
 class CorporaConfig(Config):
     """The training corpora and test sets of a run, and how they are tokenised and packed."""
 
-    root: str = "."
+    root: ExistingPath = "."
     """Folder (or URL) on which relative paths hang."""
     defaults: dict[str, Any] = Field(default_factory=dict)
     """Fields that every corpus takes unless it has its own."""
-    train: tuple[CorpusConfig, ...] = ()
+    train: Annotated[tuple[CorpusConfig, ...], ByName()] = ()
     """Training corpora: a list, or a mapping from names."""
-    test: tuple[CorpusConfig, ...] = ()
+    test: Annotated[tuple[CorpusConfig, ...], ByName()] = ()
     """Test sets: a list, or a mapping from names."""
     length: int = Field(default=1024, ge=2)
     """Longest block, in tokens."""

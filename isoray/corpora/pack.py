@@ -139,10 +139,10 @@ def count_labels(
     lengths = np.diff(offsets)
     if labels is None:
         segments = np.diff(np.searchsorted(starts, offsets)) + (lengths > 0)
-        return (lengths - segments).astype(np.int32)
+        return np.asarray(lengths - segments, np.int32)
     mask = np.append(carries_label(offsets, starts, labels), False)
     counts = np.add.reduceat(mask, offsets[:-1], dtype=np.int64) if len(lengths) else lengths
-    return np.where(lengths > 0, counts, 0).astype(np.int32)
+    return np.asarray(np.where(lengths > 0, counts, 0), np.int32)
 
 
 def carries_label(

@@ -14,25 +14,26 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from isoray.attribution import plan as jobs_of
 from isoray.attribution import tables
-from isoray.attribution.plan import (
+from isoray.attribution.config import (
     BaselinesConfig,
-    Plan,
     SampleConfig,
     TruthConfig,
     UnTracConfig,
     UnTracInvConfig,
-    milestone,
+    VariantConfig,
 )
+from isoray.attribution.deviations import deviations
 from isoray.attribution.jobs import VectorJob
+from isoray.attribution.plan import Plan, milestone
 from isoray.attribution.workbench import OpenWorkbench
 from isoray.cluster import Placement, ScalingConfig, connect, local_resources, plan, plan_training
-from isoray.config.base import Config, digest_of, slot
+from isoray.config.base import Component, Config, Slot, digest_of
 from isoray.corpora.build import Built, build
 from isoray.corpora.config import CorporaConfig
 from isoray.corpora.sample import iterate_text
@@ -67,7 +68,7 @@ class UnTrac(Recipe):
         """The model: where it starts from, or with `training: null` the trained model itself."""
         training: TrainingConfig | None
         """How the model is trained on all corpora; null: it already was."""
-        objective: slot("isoray.objectives") = LanguageModelling.Config()  # type: ignore[valid-type]
+        objective: Annotated[Component.Config, Slot("isoray.objectives")] = LanguageModelling.Config()
         """The loss of that training."""
         truth: TruthConfig | None = None
         """Leave-one-out retraining, to hold the estimators against; null: none."""
@@ -75,6 +76,8 @@ class UnTrac(Recipe):
         """Unlearn each training corpus."""
         untrac_inv: UnTracInvConfig | None = UnTracInvConfig()
         """Unlearn each test set."""
+        variants: dict[str, VariantConfig] = Field(default_factory=dict)
+        """Further settings of `untrac` and `untrac_inv` to compare, by name; each changes fields of the run's own."""
         baselines: BaselinesConfig = BaselinesConfig()
         """Gradient-based estimators."""
         sample: SampleConfig = SampleConfig()
@@ -87,6 +90,23 @@ class UnTrac(Recipe):
         """Workers and lanes."""
         keep_vectors: bool = False
         """Keep the gradient vectors of the baselines (4 bytes per parameter and set) after the run."""
+
+        @model_validator(mode="before")
+        @classmethod
+        def _variants_start_from_our_own(cls, data: Any) -> Any:
+            variants = data.get("variants") if isinstance(data, Mapping) else None
+            if not isinstance(variants, Mapping):
+                return data
+
+            def merged(variant: Any) -> Any:
+                if not isinstance(variant, Mapping):
+                    return variant
+                return {
+                    name: {**_plain(data.get(name)), **changes} if isinstance(changes, Mapping) else changes
+                    for name, changes in variant.items()
+                }
+
+            return {**data, "variants": {name: merged(variant) for name, variant in variants.items()}}
 
         @model_validator(mode="after")
         def _possible(self) -> Self:
@@ -133,14 +153,14 @@ class UnTrac(Recipe):
     def _train(self, run: Run, workers: _Workers, start: Path, corpora: Built) -> _Trained:
         """The model trained on all corpora, by Ray Train; the given model where there is no training."""
         config = self.config
-        if config.training is None:
+        training = config.training
+        if training is None:
             return _Trained(start, [], [], [])
         tracin = config.baselines.tracin
         every = tracin.checkpoint_every if tracin is not None else None
         inputs = [
             [weights_digest(start), [store.digest for store in corpora.train], [store.digest for store in corpora.test]],
-            [config.training, config.objective, config.model.adapter, config.model.dtype, config.model.dropout],
-            [config.seed, every, config.loss, config.compute.precision],
+            [config.training, config.objective, _options(config), config.seed, every, config.loss],
         ]
 
         def work(folder: Path) -> dict[str, Any]:
@@ -154,7 +174,7 @@ class UnTrac(Recipe):
                     tuple(store.folder for store in corpora.test), config.compute.evaluation_batch_tokens, config.loss
                 ),
                 objective=config.objective,
-                training=config.training,
+                training=training,
                 compute=config.compute,
                 seed=config.seed,
                 log=log,
@@ -200,6 +220,7 @@ class UnTrac(Recipe):
             truth=config.truth,
             untrac=config.untrac,
             untrac_inv=config.untrac_inv,
+            variants=config.variants,
             baselines=config.baselines,
             training=config.training,
             objective=config.objective,
@@ -213,6 +234,9 @@ class UnTrac(Recipe):
     ) -> tuple[dict[str, JobRecord], list[tables.Row]]:
         """All short jobs, on lanes that hold the model in memory: their records, and what each phase took."""
         config = self.config
+        digests = [store.digest for store in (*plan.train, *plan.test)]
+        weights = [weights_digest(trained.model), weights_digest(start)]
+        digest = digest_of([weights, digests, _options(config), config.loss])
         bench = OpenWorkbench(
             starts={"trained": trained.model, "init": start}
             | {milestone(step): run.step_folder("training") / milestone(step) for step in plan.milestones},
@@ -222,9 +246,8 @@ class UnTrac(Recipe):
             test=tuple(store.folder for store in plan.test),
             average=config.loss,
             seed=config.seed,
+            digest=digest,
         )
-        digests = [store.digest for store in (*plan.train, *plan.test)]
-        digest = digest_of([weights_digest(trained.model), weights_digest(start), digests, config.loss])
         phases: list[tuple[str, Iterable[Job]]] = [
             ("leave-one-out", jobs_of.training_jobs(plan)),
             ("unlearning", jobs_of.unlearning_jobs(plan)),
@@ -268,7 +291,12 @@ class UnTrac(Recipe):
                     for store in stores
                 ],
                 "phases": trained.phases + phases,
-                "deviations": list(_deviations(self.config)),
+                "deviations": list(deviations(
+                        untrac=self.config.untrac,
+                        untrac_inv=self.config.untrac_inv,
+                        truth=self.config.truth,
+                        sample=self.config.sample,
+                    )),
             },
             artifacts={"model": trained.model} if trained.model.is_relative_to(run.folder) else {},
         )
@@ -327,26 +355,8 @@ def _show(phase: Phase, log: Path) -> None:
         phase.advance(rows[-1]["step"] / rows[-1]["of"] - phase.finished, f"step {rows[-1]['step']}")
 
 
-def _deviations(config: UnTrac.Config) -> Iterator[tables.Row]:
-    """What differs from the paper's setting, for the report."""
-    for name, ours, paper in (
-        ("untrac", config.untrac, UnTracConfig()),
-        ("untrac_inv", config.untrac_inv, UnTracInvConfig()),
-        ("truth", config.truth, TruthConfig()),
-    ):
-        for key in () if ours is None else type(ours).model_fields:
-            value, published = getattr(ours, key), getattr(paper, key)
-            if value != published and key not in ("evaluate_every", "log_every", "checkpoint_every", "keep_checkpoints"):
-                yield {"option": f"{name}.{key}", "value": _short(value), "paper": _short(published)}
-    if config.sample.seeds != 4:
-        yield {"option": "sample.seeds", "value": config.sample.seeds, "paper": 4}
-    if config.truth is not None:
-        yield {
-            "option": "leave-one-out batches",
-            "value": "those of the full training, with the excluded corpus's blocks replaced (less noise)",
-            "paper": "drawn anew",
-        }
-
-
-def _short(value: Any) -> str:
-    return ", ".join(f"{k} {v}" for k, v in value.model_dump().items()) if isinstance(value, Config) else str(value)
+def _plain(settings: Any) -> dict[str, Any]:
+    """A config section as a mapping, whether it was parsed already or not."""
+    if isinstance(settings, Config):
+        return settings.model_dump()
+    return dict(settings) if isinstance(settings, Mapping) else {}

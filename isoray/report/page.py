@@ -93,8 +93,8 @@ def read_run(folder: Path) -> RunFiles:
         )
         raise UserError(f"{folder} holds no results.json, which a report is made from. {advice}")
     results = _read_json(path)
-    if not isinstance(results, dict):
-        raise UserError(f"{path} holds a {type(results).__name__}; expected a JSON object. Run the recipe again.")
+    if not isinstance(results, dict) or "recipe" not in results:
+        raise UserError(f"{path} holds no results of a run (a JSON object with a `recipe`). Run the recipe again.")
     config_path = folder / "config.json"
     config = _read_json(config_path) if config_path.is_file() else None
     return RunFiles(folder, results, config if isinstance(config, dict) else None)

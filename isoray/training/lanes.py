@@ -176,7 +176,8 @@ class _Pool:
 
         world = self._placement.workers
         group = placement_group([self._placement.bundle] * world, strategy="PACK")
-        worker: Any = ray.remote(
+        remote: Any = ray.remote  # whose annotations lack concurrency_groups
+        worker = remote(
             num_cpus=self._placement.cpus,
             num_gpus=self._placement.gpus,
             concurrency_groups={"control": 1},

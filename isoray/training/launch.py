@@ -64,7 +64,7 @@ def _on_ray_train(
     scratch.mkdir(parents=True, exist_ok=True)
     failure = scratch / "failure.pickle"
     trainer = TorchTrainer(
-        _worker,
+        _worker,  # type: ignore[arg-type]  # its result is ours to read
         train_loop_config={"work": work, "threads": placement.cpus, "gpus": placement.gpus, "failure": str(failure)},
         scaling_config=RayScalingConfig(
             num_workers=placement.workers,

@@ -99,6 +99,7 @@ def train(
     for step in range(start, total):
         last = step + 1 == total
         logs, evaluates = last or due(config.log_every, step), last or due(config.evaluate_every, step)
+        saves = checkpoints is not None and due(config.checkpoint_every, step) and not last
         # Dropout depends on nothing but the step, so a resumed run draws what the undisturbed one drew.
         torch.manual_seed(int(digest_of([seed, step, parallel.ranks.rank]), 16))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -106,7 +107,8 @@ def train(
         sums, counts = _backward(parallel, objective, micro_batches.at(step), step, reference)
         clock.add(counts)
         norm = None
-        if config.clip_norm is not None or logs or step == start:
+        # Before a checkpoint, too: broken weights must not replace the last sound ones.
+        if config.clip_norm is not None or logs or saves or step == start:
             norm = guard.check_gradient(parallel.gradient_norm(parameters), step)
         if config.clip_norm is not None and norm is not None:
             parallel.clip(parameters, config.clip_norm, norm)
@@ -114,7 +116,8 @@ def train(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        if checkpoints is not None and due(config.checkpoint_every, step) and not last:
+        if saves:
+            assert checkpoints is not None
             checkpoints.save(parallel.model, optimizer, step=step + 1, ranks=parallel.ranks)
         if logs or evaluates or due(pause_every, step):
             terms = guard.check_terms(sums, counts, step)
@@ -158,7 +161,7 @@ def _backward(
         with parallel.accumulating(last=index == len(micro_batches) - 1):
             terms = parallel.call(objective.terms, batches, reference)
             loss = torch.stack([scale[name] * value for name, value in terms.items()]).sum()
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
         for name, value in terms.items():
             detached = value.detach()
             sums[name] = sums[name] + detached if name in sums else detached

@@ -113,7 +113,12 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         case AdamConfig() | AdamWConfig():
             kind = torch.optim.AdamW if isinstance(config, AdamWConfig) else torch.optim.Adam
             return kind(
-                trainable, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=plain
+                trainable,
+                lr=config.lr,
+                betas=config.betas,
+                eps=config.eps,
+                weight_decay=config.weight_decay,
+                fused=plain,
             )
         case SgdConfig():
             return torch.optim.SGD(
@@ -122,4 +127,6 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         case RmsPropConfig():
             return torch.optim.RMSprop(trainable, lr=config.lr, alpha=config.alpha, eps=config.eps)
         case AdafactorConfig():
-            return HfAdafactor(trainable, lr=config.lr, scale_parameter=False, relative_step=False, warmup_init=False)
+            return HfAdafactor(  # type: ignore[no-untyped-call]
+                trainable, lr=config.lr, scale_parameter=False, relative_step=False, warmup_init=False
+            )

@@ -20,29 +20,58 @@ from lane_doubles import MakeBench, walks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 
-START_S = 12.0
 BOUND_S = 90.0
 """From the loss of a node to the end of the run."""
 
 
-@pytest.fixture
-def nodes(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """A head without CPUs and two nodes of one CPU, joined as isoray joins a cluster."""
+@pytest.fixture(scope="module")
+def head() -> Iterator[Any]:
+    """A head without CPUs, joined as isoray joins a cluster."""
     from ray.cluster_utils import Cluster as Raylets
 
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the jobs; isoray itself is shipped by connect
-    head = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False}
-    cluster = Raylets(initialize_head=True, head_node_args=head)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the jobs; isoray itself is shipped by connect
+        arguments = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+        cluster = Raylets(initialize_head=True, head_node_args=arguments)
+        try:
+            with connect(cluster.address):
+                yield cluster
+        finally:
+            cluster.shutdown()
+
+
+class Nodes:
+    """Nodes of one CPU that join and leave the cluster."""
+
+    def __init__(self, cluster: Any) -> None:
+        self._cluster = cluster
+        self._nodes: list[Any] = []
+
+    def add(self) -> Any:
+        self._nodes.append(self._cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20))
+        return self._nodes[-1]
+
+    def lose(self, node: Any) -> None:
+        """Kill a node's raylet, and wait until the cluster knows."""
+        before = alive()
+        assert node.node_id in before
+        self._nodes.remove(node)
+        self._cluster.remove_node(node, allow_graceful=False)
+        wait_for(lambda: node.node_id not in alive(), "the node counts as dead")
+        assert len(alive()) == len(before) - 1
+
+    def close(self) -> None:
+        for node in list(self._nodes):
+            self.lose(node)
+
+
+@pytest.fixture
+def nodes(head: Any) -> Iterator[Nodes]:
+    nodes = Nodes(head)
     try:
-        cluster.worker_nodes_of_the_test = [add_node(cluster) for _ in range(2)]  # type: ignore[attr-defined]
-        with connect(cluster.address):
-            yield cluster
+        yield nodes
     finally:
-        cluster.shutdown()
-
-
-def add_node(cluster: Any) -> Any:
-    return cluster.add_node(num_cpus=1, object_store_memory=100 * 2**20)
+        nodes.close()
 
 
 def alive() -> set[str]:
@@ -54,12 +83,12 @@ def alive() -> set[str]:
 class Background:
     """A run on both nodes, in a thread, so that the test can do its harm meanwhile."""
 
-    def __init__(self, tmp_path: Path, *, lanes: int = 2, workers_per_lane: int = 1) -> None:
+    def __init__(self, tmp_path: Path, *, start_timeout_s: float, lanes: int = 2, workers_per_lane: int = 1) -> None:
         self.marks, self.gate = tmp_path / "marks", tmp_path / "gate"
         self.marks.mkdir()
         self.events: list[LaneEvent] = []
         config = ScalingConfig(
-            lanes=lanes, workers_per_lane=workers_per_lane, cpus_per_worker=1, start_timeout_s=START_S
+            lanes=lanes, workers_per_lane=workers_per_lane, cpus_per_worker=1, start_timeout_s=start_timeout_s
         )
         self.future: Future[dict[str, JobRecord]] = ThreadPoolExecutor(1).submit(
             run_jobs,
@@ -96,23 +125,15 @@ def sums(records: dict[str, JobRecord]) -> dict[str, float]:
     return {key: record.result["sum"] for key, record in records.items()}
 
 
-def lose(cluster: Any, node: Any) -> None:
-    before = alive()
-    assert node.node_id in before
-    cluster.remove_node(node, allow_graceful=False)
-    wait_for(lambda: node.node_id not in alive(), "the node counts as dead")
-    assert len(alive()) == len(before) - 1
-
-
-def test_a_lost_node_costs_a_lane_and_a_new_node_brings_it_back(nodes: Any, tmp_path: Path) -> None:
-    run = Background(tmp_path)
-    first, _ = nodes.worker_nodes_of_the_test
+def test_a_lost_node_costs_a_lane_and_a_new_node_brings_it_back(nodes: Nodes, tmp_path: Path) -> None:
+    first, second = nodes.add(), nodes.add()
+    run = Background(tmp_path, start_timeout_s=20)
     wait_for(lambda: run.starts("walk-5") and run.starts("walk-4"), "both lanes are at work")
-    lose(nodes, first)
+    nodes.lose(first)
     struck = time.monotonic()
     wait_for(lambda: "lane_lost" in run.kinds(), "the loss is noticed")
     wait_for(lambda: "lane_waiting" in run.kinds(), "the lane waits for room")
-    add_node(nodes)
+    nodes.add()
     wait_for(lambda: run.kinds().count("lane_open") == 3, "the lane opens on the new node")
     lost = next(event for event in run.events if event.kind == "lane_lost")
     wait_for(lambda: run.starts(str(lost.job)) == 2, "its job starts again")
@@ -123,10 +144,11 @@ def test_a_lost_node_costs_a_lane_and_a_new_node_brings_it_back(nodes: Any, tmp_
     assert sums(records) == undisturbed(tmp_path)
 
 
-def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Any, tmp_path: Path) -> None:
-    run = Background(tmp_path)
+def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Nodes, tmp_path: Path) -> None:
+    first, second = nodes.add(), nodes.add()
+    run = Background(tmp_path, start_timeout_s=60)
     wait_for(lambda: run.starts("walk-5") and run.starts("walk-4"), "both lanes are at work")
-    lose(nodes, nodes.worker_nodes_of_the_test[1])
+    nodes.lose(second)
     struck = time.monotonic()
     wait_for(lambda: "lane_lost" in run.kinds(), "the loss is noticed")
     run.gate.touch()
@@ -138,14 +160,15 @@ def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Any, tmp_pat
     assert sums(records) == undisturbed(tmp_path)
 
 
-def test_a_lane_that_spans_two_nodes_and_loses_one_is_rebuilt_as_a_whole(nodes: Any, tmp_path: Path) -> None:
-    run = Background(tmp_path, lanes=1, workers_per_lane=2)
+def test_a_lane_that_spans_two_nodes_and_loses_one_is_rebuilt_as_a_whole(nodes: Nodes, tmp_path: Path) -> None:
+    first, second = nodes.add(), nodes.add()
+    run = Background(tmp_path, start_timeout_s=60, lanes=1, workers_per_lane=2)
     wait_for(lambda: len(list(run.marks.glob("walk-5.*"))) == 2, "both ranks are at work")
-    lose(nodes, nodes.worker_nodes_of_the_test[0])
+    nodes.lose(first)
     struck = time.monotonic()
     run.gate.touch()  # the survivor now meets nobody in its collective operation
     wait_for(lambda: "lane_lost" in run.kinds(), "the loss is noticed")
-    add_node(nodes)
+    nodes.add()
     records = run.future.result(BOUND_S)
     assert time.monotonic() - struck < BOUND_S
     assert run.starts("walk-5") == 2
@@ -153,11 +176,12 @@ def test_a_lane_that_spans_two_nodes_and_loses_one_is_rebuilt_as_a_whole(nodes: 
     assert sums(records) == undisturbed(tmp_path)
 
 
-def test_without_any_node_left_the_run_ends_with_the_sum(nodes: Any, tmp_path: Path) -> None:
-    run = Background(tmp_path)
+def test_without_any_node_left_the_run_ends_with_the_sum(nodes: Nodes, tmp_path: Path) -> None:
+    first, second = nodes.add(), nodes.add()
+    run = Background(tmp_path, start_timeout_s=20)
     wait_for(lambda: run.starts("walk-5") and run.starts("walk-4"), "both lanes are at work")
-    for node in nodes.worker_nodes_of_the_test:
-        lose(nodes, node)
+    for node in (first, second):
+        nodes.lose(node)
     with pytest.raises(InfraError, match=r"no worker could be started within \d+ s.*2 lanes x 1 worker x 1 CPU = 2"):
         run.future.result(BOUND_S)
     assert run.kinds().count("lane_lost") == 2

@@ -79,7 +79,7 @@ def test_a_ray_of_our_own_is_closed_to_others_and_leaves_nothing(tmp_path: Path)
 
 
 def test_folders_of_killed_runs_are_removed_and_those_of_live_ones_are_not(tmp_path: Path) -> None:
-    program = "from isoray.cluster import connect\\nwith connect(cores=1):\n print('up', flush=True); input()"
+    program = "from isoray.cluster import connect\nwith connect(cores=1):\n print('up', flush=True); input()"
     killed = subprocess.Popen(
         [sys.executable, "-c", program], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     )
