@@ -12,8 +12,8 @@ Contenders, each in a process of its own, in turn, ``--rounds`` times:
 
 The seconds are those of the work itself, from the files to what is on disk: imports and ``ray.init`` are not in them,
 the start of worker processes and actors is. Memory is the greatest sum of proportional set sizes over the process tree,
-measured five times a second. The text is real (ISORAY_DATA, else ../shared/data, else the standard library's sources), repeated
-with its lines in another order until it is large enough.
+measured five times a second. The text is real (ISORAY_DATA, else ../shared/data, else the standard library's sources)
+and repeated, with its lines in another order, until it is large enough.
 """
 
 from __future__ import annotations

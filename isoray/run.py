@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import importlib.metadata
 import json
 import math
 import os
+import platform
 import re
 import shutil
 import socket
@@ -166,12 +168,21 @@ class Run:
             "seed": self.seed,
             "started": self._started.isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - self._clock, 3),
+            "environment": environment(),
             "metrics": metrics,
             "tables": tables,
             "artifacts": relative,
             "lineage": lineage or {},
         }
         write_json(self.folder / "results.json", results)
+
+
+def environment() -> dict[str, str]:
+    """Versions of what a run's numbers may depend on, and the machine of the driver."""
+    packages = ("ray", "torch", "transformers", "tokenizers", "datasets", "pyarrow", "numpy", "peft")
+    versions = {name: importlib.metadata.version(name) for name in packages}
+    machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores"
+    return {"isoray": __version__, "python": platform.python_version()} | versions | {"machine": machine}
 
 
 def read_step(folder: Path) -> dict[str, Any] | None:

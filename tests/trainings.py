@@ -118,9 +118,8 @@ def _arm(kill: str) -> None:
         die()
 
     def remove_half(path: Path, **_: Any) -> None:
-        victim = Path(path)
-        if not victim.name.endswith(".partial"):
-            next(victim.glob("*.distcp")).unlink()
+        for shard in Path(path).glob("*.distcp"):
+            shard.unlink()
             die()
 
     targets: dict[str, tuple[Any, str, Any]] = {

@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema
 from isoray.config.base import Config, ExistingPath
 
 Scalar = str | int | float | bool | None
-Format = Literal["auto", "jsonl", "parquet", "csv", "text", "arrow", "synthetic"]
+Format = Literal["auto", "jsonl", "parquet", "csv", "text", "arrow"]
 
 
 class Columns(Config):

@@ -33,3 +33,11 @@ def iterate_text(config: CorporaConfig, *, max_bytes_per_corpus: int = 1 << 26) 
                     if float(key[0]) >= share * 2.0**64:
                         continue
                 yield document.text if document.prompt is None else document.prompt + config.separator + document.text
+
+
+def inputs_of(config: CorporaConfig) -> list[object]:
+    """What :func:`iterate_text` depends on, JSON-able: the corpora's settings, and their files' sizes and times."""
+    return [
+        [corpus.model_dump(mode="json"), [[file.label, file.bytes, file.modified] for file in find_files(corpus, config)]]
+        for corpus in config.train
+    ]

@@ -71,7 +71,7 @@ def token_nll(model: nn.Module, batch: Batch) -> TokenNll:
         return TokenNll(_cross_entropy(logits_at(model, inputs, keep_BT), targets_N), row_N)
     backbone, head = structure
     hidden_NH = backbone(**inputs)[keep_BT]
-    pieces = zip(hidden_NH.split(HEAD_CHUNK), targets_N.split(HEAD_CHUNK), strict=True)
+    pieces = zip(torch.split(hidden_NH, HEAD_CHUNK), torch.split(targets_N, HEAD_CHUNK), strict=True)
     return TokenNll(torch.cat([_cross_entropy(head(hidden), targets) for hidden, targets in pieces]), row_N)
 
 

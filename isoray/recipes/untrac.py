@@ -36,7 +36,7 @@ from isoray.cluster import Placement, ScalingConfig, connect, local_resources, p
 from isoray.config.base import Component, Config, Slot, digest_of
 from isoray.corpora.build import Built, build
 from isoray.corpora.config import CorporaConfig
-from isoray.corpora.sample import iterate_text
+from isoray.corpora.sample import inputs_of, iterate_text
 from isoray.errors import DataError
 from isoray.evaluation.likelihood import StoreLosses
 from isoray.models.config import ModelConfig
@@ -134,10 +134,12 @@ class UnTrac(Recipe):
     def _prepare(self, run: Run) -> tuple[Path, Built]:
         """The starting model (with a tokenizer trained on the corpora where it has none) and the packed corpora."""
         config = self.config
-        out = run.folder / "start"
         with run.phase("corpora", jobs=1) as phase:
-            texts = iterate_text(config.corpora) if config.model.create is not None else None
-            start = prepare(config.model, out, texts, seed=config.seed)
+            create = config.model.create is not None
+            # A tokenizer is trained on the corpora, so another version of them must not find this one's.
+            version = digest_of(inputs_of(config.corpora)) if create else "given"
+            texts = iterate_text(config.corpora) if create else None
+            start = prepare(config.model, run.folder / "start" / version, texts, seed=config.seed)
             built = build(
                 config.corpora,
                 start,

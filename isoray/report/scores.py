@@ -25,8 +25,10 @@ GRADIENT_BASELINES = ("grad_dot", "grad_cos", "tracin", "hif_lissa", "hif_arnold
 
 
 def label(estimator: str) -> str:
-    """What an estimator is called in the report."""
-    return LABELS.get(estimator, estimator)
+    """What an estimator is called in the report; a variant (``untrac.sgd``) bears its name behind the estimator's."""
+    kind, _, variant = estimator.partition(".")
+    name = LABELS.get(kind, kind)
+    return f"{name} ({variant})" if variant else name
 
 
 class Scores:

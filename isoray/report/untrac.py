@@ -250,7 +250,7 @@ def _curves(run: RunFiles, scores: Scores) -> Section | None:
     rows, training = run.table("curves"), run.table("training")
     corpora = scores.corpora or [str(r.get("corpus")) for r in run.table("corpora") if r.get("role") == "train"]
     unlearning = [
-        (label(e), e == "untrac_inv", panels[:MANY], panels[MANY:])
+        (label(e), e.partition(".")[0] == "untrac_inv", panels[:MANY], panels[MANY:])
         for e in dict.fromkeys(str(r.get("estimator")) for r in rows)
         if (panels := curves.unlearning_panels(rows, e, corpora, scores.tests))
     ]

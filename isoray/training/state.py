@@ -2,8 +2,8 @@
 
 A checkpoint is a folder ``step-00000010`` written by ``torch.distributed.checkpoint`` (each rank its own shards, so it
 can be read again by another number of workers). It is written beside its final name and renamed when all ranks have
-finished; a folder under its final name, with its marker in it, is therefore complete. These folders are private to a run: models are handed
-on as Transformers folders.
+finished; a folder under its final name, with its marker in it, is therefore complete. These folders are private to a
+run: models are handed on as Transformers folders.
 """
 
 from __future__ import annotations
@@ -13,13 +13,16 @@ import logging
 import os
 import re
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.checkpoint import CheckpointException
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -83,10 +86,9 @@ class Checkpoints:
         """Restore model and optimizer in place from ``path``; the number of optimizer steps already taken."""
         model_state, optimizer_state = get_state_dict(model, optimizer)
         state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
-        load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
-        set_state_dict(
-            model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-        )
+        with _quiet():
+            load(state, checkpoint_id=str(path), no_dist=not dist.is_initialized())
+        set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
         return int(json.loads((path / _MARKER).read_text())["step"])
 
     def clear(self) -> None:
@@ -117,11 +119,18 @@ def _remove(path: Path) -> None:
 
 def _write(partial: Path, model: nn.Module, optimizer: Optimizer) -> None:
     model_state, optimizer_state = get_state_dict(model, optimizer)
+    state: dict[str, Any] = {"model": model_state, "optimizer": optimizer_state}
+    with _quiet():
+        save(state, storage_writer=FileSystemWriter(partial, sync_files=True), no_dist=not dist.is_initialized())
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the remark that a single process is a single process."""
     logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
-    writer = FileSystemWriter(str(partial), sync_files=True)
-    save(
-        {"model": model_state, "optimizer": optimizer_state}, storage_writer=writer, no_dist=not dist.is_initialized()
-    )
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        yield
 
 
 def _write_text(path: Path, text: str) -> None:

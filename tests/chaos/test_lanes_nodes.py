@@ -31,7 +31,13 @@ def head() -> Iterator[Any]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))  # the jobs; isoray itself is shipped by connect
-        arguments = {"num_cpus": 0, "object_store_memory": 100 * 2**20, "include_dashboard": False}
+        soon = {"health_check_period_ms": 1000, "health_check_timeout_ms": 5000, "health_check_failure_threshold": 4}
+        arguments = {
+            "num_cpus": 0,
+            "object_store_memory": 100 * 2**20,
+            "include_dashboard": False,
+            "_system_config": soon,
+        }
         cluster = Raylets(initialize_head=True, head_node_args=arguments)
         try:
             with connect(cluster.address):
@@ -61,8 +67,8 @@ class Nodes:
         assert len(alive()) == len(before) - 1
 
     def close(self) -> None:
-        for node in list(self._nodes):
-            self.lose(node)
+        for node in self._nodes:
+            self._cluster.remove_node(node)
 
 
 @pytest.fixture
@@ -126,7 +132,7 @@ def sums(records: dict[str, JobRecord]) -> dict[str, float]:
 
 
 def test_a_lost_node_costs_a_lane_and_a_new_node_brings_it_back(nodes: Nodes, tmp_path: Path) -> None:
-    first, second = nodes.add(), nodes.add()
+    first, _ = nodes.add(), nodes.add()
     run = Background(tmp_path, start_timeout_s=20)
     wait_for(lambda: run.starts("walk-5") and run.starts("walk-4"), "both lanes are at work")
     nodes.lose(first)
@@ -145,7 +151,7 @@ def test_a_lost_node_costs_a_lane_and_a_new_node_brings_it_back(nodes: Nodes, tm
 
 
 def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Nodes, tmp_path: Path) -> None:
-    first, second = nodes.add(), nodes.add()
+    _, second = nodes.add(), nodes.add()
     run = Background(tmp_path, start_timeout_s=60)
     wait_for(lambda: run.starts("walk-5") and run.starts("walk-4"), "both lanes are at work")
     nodes.lose(second)
@@ -161,7 +167,7 @@ def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Nodes, tmp_p
 
 
 def test_a_lane_that_spans_two_nodes_and_loses_one_is_rebuilt_as_a_whole(nodes: Nodes, tmp_path: Path) -> None:
-    first, second = nodes.add(), nodes.add()
+    first, _ = nodes.add(), nodes.add()
     run = Background(tmp_path, start_timeout_s=60, lanes=1, workers_per_lane=2)
     wait_for(lambda: len(list(run.marks.glob("walk-5.*"))) == 2, "both ranks are at work")
     nodes.lose(first)

@@ -47,6 +47,15 @@ ROUGH: dict[str, Any] = {
 """Everything that a resumed training could get wrong, at once."""
 
 
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Results are the same to the last bit for the same number of threads only, and the tests' processes have one."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def with_dropout(seed: int = 0) -> nn.Module:
     model = make_llama(seed)
     for module in model.modules():
@@ -166,10 +175,10 @@ def test_a_checkpoint_of_two_ranks_is_read_by_one(strategy: str, tmp_path: Path)
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 400 kB: one checkpoint of the tiny model with Adam (150 kB) and half of a second."""
+    """A file system of 1 MB, room for two checkpoints."""
     folder = tmp_path / "disk"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True)
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a small disk (needs root): {mounted.stderr.decode().strip()}")
     yield folder
@@ -293,7 +302,7 @@ def test_optimizers_are_those_of_their_names(name: str, reference: Any) -> None:
             optimizer.step()
             optimizer.zero_grad()
     for name, tensor in weights(theirs).items():
-        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize(("settings", "factors"), [

@@ -109,7 +109,6 @@ def test_an_interrupt_is_status_130() -> None:
         (["run", "part.yaml"], "is not a recipe"),
         (["schema", "no_such"], "error: 'no_such' is no recipe"),
         (["report", "nowhere"], "error: no such run: 'nowhere' does not exist"),
-        (["report", "."], "has no results.json"),
         (["run"], "Missing argument"),
         (["rnu"], "rnu"),
         (["run", "toy.yaml", "--ot", "x"], "--ot"),

@@ -21,7 +21,7 @@ from isoray.corpora.files import InputFile, find_files, sha256_of
 from isoray.corpora.read import BadRow, Row, lines_before, read_split
 from isoray.corpora.rows import Document, Fault, Mapper, MissingColumn
 from isoray.corpora.splits import Split, plan_tasks
-from isoray.errors import UserError
+from isoray.errors import InfraError, UserError
 
 ROWS = [{"text": f"Zeile {i} \u00e4\u732b " + "x" * (i % 7), "n": i} for i in range(60)]
 
@@ -250,6 +250,13 @@ def test_folders_of_the_datasets_library(tmp_path: Path) -> None:
     assert values(read_all(tmp_path / "hub", split="test")) == ROWS[:5]
     with pytest.raises(UserError, match="no file of split 'dev'"):
         read_all(tmp_path / "hub", split="dev")
+
+
+def test_without_a_network_hub_datasets_are_an_infrastructure_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    with pytest.raises(InfraError, match=r"'c': hub dataset 'owner/name' cannot be downloaded .*save_to_disk"):
+        find_files(CorpusConfig(name="c", hub="owner/name"), CorporaConfig())
 
 
 def test_tasks_cover_the_input_once_and_in_order() -> None:

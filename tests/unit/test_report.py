@@ -267,7 +267,7 @@ def test_refuses_a_folder_without_results(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="has not finished; run the same command again"):
         build(tmp_path)
     (tmp_path / "results.json").write_text(json.dumps([1]))
-    with pytest.raises(UserError, match="expected a JSON object"):
+    with pytest.raises(UserError, match="holds no results of a run"):
         build(tmp_path)
 
 

@@ -104,7 +104,7 @@ def test_results_follow_the_contract(tmp_path: Path) -> None:
             artifacts={"model": run.folder / "checkpoints" / "all"},
         )
     results = json.loads((tmp_path / "results.json").read_text(), parse_constant=pytest.fail)
-    keys = "recipe config_digest seed started seconds metrics tables artifacts lineage".split()
+    keys = "recipe config_digest seed started seconds environment metrics tables artifacts lineage".split()
     assert list(results) == keys
     assert (results["recipe"], results["seed"], results["config_digest"]) == ("toy", 3, Settings().digest())
     assert results["metrics"] == {"a": 0.5, "b": None}
