@@ -45,7 +45,9 @@ def examine(*, address: str | None = None, with_ray: bool = True) -> None:
     wrong = []
     needed = requirements()
     if not needed:
-        section("packages", "isoray is not installed but run from its folder, so nothing says what it needs: make install")
+        section(
+            "packages", "isoray is not installed but run from its folder, so nothing says what it needs: make install"
+        )
     for requirement in needed or [Requirement(name) for name in TOLD_ANYWAY]:
         found = installed(requirement)
         fits = found is not None and requirement.specifier.contains(found, prereleases=True)
@@ -71,7 +73,7 @@ def examine(*, address: str | None = None, with_ray: bool = True) -> None:
                 section("ray", f"node {node.name}: {node.cpus} CPUs, {node.gpus:g} GPUs{share}")
     if wrong:
         raise UserError(f"missing or too old: {', '.join(wrong)}; pip install --upgrade isoray")
-    section("verdict", "everything that isoray needs is here")
+    section("verdict", "everything that isoray needs is here" if needed else "nothing that was looked for is missing")
 
 
 class Printer:

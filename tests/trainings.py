@@ -60,10 +60,10 @@ def tiny_training(
 def in_processes(work: Callable[..., None], number: int, *arguments: Any) -> list[int | None]:
     """Runs ``work(rank, number, port, *arguments)`` in ``number`` processes; their exit statuses.
 
-    They are forked from a server that has imported all this and computed nothing, which is quick and safe.
+    They are forked from a server that has imported the heavy modules and computed nothing, which is quick and safe.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["trainings"])
+    context.set_forkserver_preload(["isoray.training.state", "isoray.training.loop", "transformers.models.llama.modeling_llama"])
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

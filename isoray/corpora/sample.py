@@ -38,6 +38,6 @@ def iterate_text(config: CorporaConfig, *, max_bytes_per_corpus: int = 1 << 26) 
 def inputs_of(config: CorporaConfig) -> list[object]:
     """What :func:`iterate_text` depends on, JSON-able: the corpora's settings, and their files' sizes and times."""
     return [
-        [corpus.model_dump(mode="json"), [[file.label, file.bytes, file.modified] for file in find_files(corpus, config)]]
+        [corpus.model_dump(mode="json"), [[one.label, one.bytes, one.modified] for one in find_files(corpus, config)]]
         for corpus in config.train
     ]

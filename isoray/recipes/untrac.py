@@ -357,6 +357,12 @@ def _show(phase: Phase, log: Path) -> None:
         phase.advance(rows[-1]["step"] / rows[-1]["of"] - phase.finished, f"step {rows[-1]['step']}")
 
 
+def _options(config: UnTrac.Config) -> dict[str, Any]:
+    """What results depend on, beside the weights, in how the model is loaded and computed."""
+    chosen = config.model.model_dump(mode="json", include={"adapter", "dtype", "dropout", "layout"})
+    return chosen | {"precision": config.compute.precision}
+
+
 def _plain(settings: Any) -> dict[str, Any]:
     """A config section as a mapping, whether it was parsed already or not."""
     if isinstance(settings, Config):

@@ -10,12 +10,10 @@ from markupsafe import Markup
 
 from isoray.report import charts, svg
 from isoray.report.numbers import finite, mean, pearson, plain, short
-from isoray.report.scores import TRUTH, Scores, label
+from isoray.report.scores import TRUTH, Scores, is_inverse, label
 
 Rows = Sequence[Mapping[str, Any]]
 Curve = dict[float, float]
-
-INVERSE = "untrac_inv"
 
 
 def read(rows: Rows, estimator: str) -> dict[tuple[str, str, str], Curve]:
@@ -26,7 +24,7 @@ def read(rows: Rows, estimator: str) -> dict[tuple[str, str, str], Curve]:
             continue
         step, loss = finite(row.get("step")), finite(row.get("loss"))
         # UnTrac-Inv unlearns the test set and watches the training corpora: the two names change places.
-        test, corpus = ("corpus", "set") if estimator == INVERSE else ("set", "corpus")
+        test, corpus = ("corpus", "set") if is_inverse(estimator) else ("set", "corpus")
         if step is not None and loss is not None:
             found[str(row.get(test)), str(row.get(corpus)), str(row.get("seed"))][step] = loss
     return found
@@ -50,7 +48,7 @@ def unlearning_panels(
         ]
         ends = ", ".join(f"{line.name} {short(line.points[-1][1])}" for line in lines)
         text = f"Loss during unlearning by {label(estimator)}, test set {test}; at the end: {ends}"
-        y_name = "loss (nats)" if estimator == INVERSE else "test loss (nats)"
+        y_name = "loss (nats)" if is_inverse(estimator) else "test loss (nats)"
         panels.append((test, charts.line_panel(lines, label=text, x_name="unlearning steps", y_name=y_name)))
     return panels
 

@@ -31,6 +31,11 @@ def label(estimator: str) -> str:
     return f"{name} ({variant})" if variant else name
 
 
+def is_inverse(estimator: str) -> bool:
+    """Whether an estimator unlearns test sets and watches the training corpora: UnTrac-Inv and its variants."""
+    return estimator.partition(".")[0] == "untrac_inv"
+
+
 class Scores:
     """Influence scores by estimator, test set, corpus and seed.
 

@@ -9,7 +9,7 @@ from markupsafe import Markup
 from isoray.report import charts, curves, svg
 from isoray.report.numbers import critical_pearson, duration, finite, mean, plain
 from isoray.report.page import Content, RunFiles, Section, render
-from isoray.report.scores import GRADIENT_BASELINES, TRUTH, Agreement, Scores, label
+from isoray.report.scores import GRADIENT_BASELINES, TRUTH, Agreement, Scores, is_inverse, label
 from isoray.report.verdict import judge
 
 OURS = svg.Style("ours", 0)
@@ -250,7 +250,7 @@ def _curves(run: RunFiles, scores: Scores) -> Section | None:
     rows, training = run.table("curves"), run.table("training")
     corpora = scores.corpora or [str(r.get("corpus")) for r in run.table("corpora") if r.get("role") == "train"]
     unlearning = [
-        (label(e), e.partition(".")[0] == "untrac_inv", panels[:MANY], panels[MANY:])
+        (label(e), is_inverse(e), panels[:MANY], panels[MANY:])
         for e in dict.fromkeys(str(r.get("estimator")) for r in rows)
         if (panels := curves.unlearning_panels(rows, e, corpora, scores.tests))
     ]

@@ -256,3 +256,8 @@ def test_every_stock_config_parses(name: str, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.chdir(Path(__file__).parents[2])
     loaded = load(f"configs/{name}.yaml")
     assert loaded.config.digest()
+
+
+def test_no_file_beside_the_stock_configs_goes_unparsed() -> None:
+    folder = Path(__file__).parents[2] / "configs"
+    assert {path for path in folder.rglob("*") if path.is_file()} == set(stock_configs().values())
