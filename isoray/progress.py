@@ -64,6 +64,13 @@ class Phase:
             note = f" ({self._note})" if self._note else ""
             self._say(f"{self.name}: {job}{note}, about {clock(self.seconds_left())} left")
 
+    def note(self, message: str) -> None:
+        """Say something that a person should see, beside the progress."""
+        if self._bar is not None:
+            self._bar.console.print(message)
+        else:
+            self._say(f"{self.name}: {message}")
+
     def seconds_left(self) -> float:
         """At the mean pace so far."""
         return (time.monotonic() - self._began) / max(self.finished, 1e-9) * (self.jobs - self.finished)

@@ -20,6 +20,7 @@ from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from isoray.corpora.stream import BlockStream
+from isoray.objectives.base import Objective
 from isoray.objectives.lm import LanguageModelling
 from isoray.training import state
 from isoray.training.config import ComputeConfig, TrainingConfig
@@ -36,25 +37,26 @@ BOUND_S = 120.0
 
 
 def tiny_training(
-    model: nn.Module, checkpoints: Checkpoints | None = None, *, strategy: str = "ddp", steps: int = STEPS
+    model: nn.Module,
+    checkpoints: Checkpoints | None = None,
+    *,
+    strategy: str = "ddp",
+    objective: Objective | None = None,
 ) -> Iterator[Step]:
     """A training of 8 steps with checkpoints at 2, 4 and 6."""
     config = TrainingConfig(
         steps=STEPS, batch_size=5, optimizer=AdamConfig(lr=1e-2), log_every=1, checkpoint_every=2, clip_norm=1.0
     )
     compute = ComputeConfig.model_validate({"micro_batch_rows": 2, "parallel": strategy})
-    for step in train(
+    return train(
         Parallel(model, Ranks.current(), compute),
-        LanguageModelling(LanguageModelling.Config()),
+        objective or LanguageModelling(LanguageModelling.Config()),
         {"train": BlockStream([ragged("a", 12, seed=1)], batch_size=5, seed=3)},
         config,
         seed=3,
         pad_token_id=0,
         checkpoints=checkpoints,
-    ):
-        yield step
-        if step.step == steps:
-            return
+    )
 
 
 def in_processes(work: Callable[..., None], number: int, *arguments: Any) -> list[int | None]:
@@ -86,11 +88,16 @@ def run_ranks(rank: int, world: int, port: int, strategy: str, folder: Path) -> 
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     model = make_llama(0, torch.float64)
     list(tiny_training(model, Checkpoints(folder / "checkpoints", FINGERPRINT), strategy=strategy))
+    save_whole(model, rank, folder)
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def save_whole(model: nn.Module, rank: int, folder: Path) -> None:
+    """All ranks' weights to ``weights.pt``."""
     whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:
         torch.save(whole, folder / "weights.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def run_killed(kill: str, folder: Path) -> None:

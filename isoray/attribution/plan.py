@@ -133,9 +133,7 @@ def gradient_jobs(plan: Plan) -> Iterator[Job]:
         for seed in plan.seeds:
             for store in plan.train:
                 path = plan.vector("train", start, store.name, seed)
-                yield Gradient(
-                    store.name, "train", start, seed, plan.sample.blocks, rows, path, store.manifest.tokens
-                )
+                yield Gradient(store.name, "train", start, seed, plan.sample.blocks, rows, path, store.manifest.tokens)
         for store in plan.test:
             path = plan.vector("test", start, store.name, plan.seed)
             yield Gradient(store.name, "test", start, plan.seed, None, rows, path, store.manifest.tokens)

@@ -163,11 +163,14 @@ def metrics(found: Influence, summaries: list[Row]) -> dict[str, float]:
     return flat
 
 
-def seconds_of(records: Records) -> dict[str, float]:
+def seconds_of(plan: Plan, records: Records) -> dict[str, float]:
     """Worker seconds of each estimator over all its jobs; shared gradients count for each that needs them."""
-    unlearning = sorted({key.partition("-")[0] for key in records if key.startswith("untrac")})
+    unlearning = {
+        estimator: round(sum(_seconds(records, f"{estimator}-{seed}-") for seed in plan.seeds), 3)
+        for estimator, _, _ in plan.unlearnings
+    }
     at_model = _seconds(records, "gradient-", containing="-trained-")
-    return {name: _seconds(records, f"{name}-") for name in unlearning} | {
+    return unlearning | {
         "grad_dot": at_model,
         "grad_cos": at_model,
         "tracin": _seconds(records, "gradient-"),

@@ -92,6 +92,10 @@ def open_filesystem(url: str) -> tuple[Any, str]:
         return cast("tuple[Any, str]", fsspec.core.url_to_fs(url))
     except (ImportError, ValueError, pa.ArrowInvalid) as error:
         raise UserError(f"cannot open {url}: {error}") from error
+    except OSError as error:
+        raise InfraError(
+            f"{url} cannot be reached: {error}. Check the address, the credentials and the network, then run again."
+        ) from error
 
 
 def open_bytes(url: str) -> BinaryIO:

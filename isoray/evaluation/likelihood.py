@@ -53,7 +53,7 @@ class SetLosses:
         row_in_set = np.concatenate([np.arange(len(store)) for store in stores])
         chunks = _chunks(lengths, max_tokens)
         mine = chunks[self._ranks.rank :: self._ranks.world]
-        # With FSDP every forward pass is a collective: a rank without a last batch runs along on one that counts nothing.
+        # With FSDP every forward is a collective: a rank without a last batch runs along on one that counts nothing.
         idle = -(-len(chunks) // self._ranks.world) - len(mine)
         self._batches: list[tuple[Tensor, dict[str, Tensor]]] = []
         for rows, counts in [(chunk, True) for chunk in mine] + [(chunks[0], False)] * idle:

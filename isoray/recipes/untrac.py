@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, StringConstraints, model_validator
 
 from isoray.attribution import plan as jobs_of
 from isoray.attribution import tables
@@ -47,9 +47,11 @@ from isoray.recipes.base import Recipe
 from isoray.run import Run, read_step
 from isoray.training.config import ComputeConfig, TrainingConfig
 from isoray.training.fit import Fit, read_log
-from isoray.training.lane_jobs import Job, JobRecord, LaneEvent
+from isoray.training.lane_jobs import Job, JobRecord, LaneEvent, ResultFiles, job_digest
 from isoray.training.lanes import Lanes, open_lanes
 from isoray.training.launch import launch
+
+VariantName = Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
 
 
 class UnTrac(Recipe):
@@ -76,7 +78,7 @@ class UnTrac(Recipe):
         """Unlearn each training corpus."""
         untrac_inv: UnTracInvConfig | None = UnTracInvConfig()
         """Unlearn each test set."""
-        variants: dict[str, VariantConfig] = Field(default_factory=dict)
+        variants: dict[VariantName, VariantConfig] = Field(default_factory=dict)
         """Further settings of `untrac` and `untrac_inv` to compare, by name; each changes fields of the run's own."""
         baselines: BaselinesConfig = BaselinesConfig()
         """Gradient-based estimators."""
@@ -112,10 +114,18 @@ class UnTrac(Recipe):
         def _possible(self) -> Self:
             if not self.corpora.train or not self.corpora.test:
                 raise ValueError("corpora.train and corpora.test need at least one corpus each")
+            if not any((self.truth, self.untrac, self.untrac_inv, self.variants, *dict(self.baselines).values())):
+                raise ValueError("nothing to estimate: give `untrac`, `untrac_inv`, `truth` or one of `baselines`")
+            if self.model.create is not None and self.corpora.length > self.model.create.context:
+                raise ValueError(
+                    f"corpora.length ({self.corpora.length}) exceeds model.create.context ({self.model.create.context})"
+                )
             if self.training is None:
                 for name, wanted in (("truth", self.truth), ("baselines.tracin", self.baselines.tracin)):
                     if wanted is not None:
-                        raise ValueError(f"`{name}` needs the training that it repeats: give `training`, or set it to null")
+                        raise ValueError(
+                            f"`{name}` needs the training that it repeats: give `training`, or set it to null"
+                        )
             return self
 
     config: Config
@@ -125,13 +135,13 @@ class UnTrac(Recipe):
         config = self.config
         check(config.model)
         with _workers(config, run) as workers:
-            start, corpora = self._prepare(run)
+            start, corpora = self._prepare(run, workers)
             trained = self._train(run, workers, start, corpora)
             plan = self._plan(run, trained, corpora)
             records, phases = self._attribute(run, workers, start, trained, plan)
         self._finish(run, trained, plan, records, phases)
 
-    def _prepare(self, run: Run) -> tuple[Path, Built]:
+    def _prepare(self, run: Run, workers: _Workers) -> tuple[Path, Built]:
         """The starting model (with a tokenizer trained on the corpora where it has none) and the packed corpora."""
         config = self.config
         with run.phase("corpora", jobs=1) as phase:
@@ -145,6 +155,7 @@ class UnTrac(Recipe):
                 start,
                 run.folder / "corpora",
                 executor="inprocess" if config.scaling.executor == "inprocess" else "auto",
+                workers=workers.cores,
             )
             phase.done()
         for store in (*built.train, *built.test):
@@ -161,7 +172,11 @@ class UnTrac(Recipe):
         tracin = config.baselines.tracin
         every = tracin.checkpoint_every if tracin is not None else None
         inputs = [
-            [weights_digest(start), [store.digest for store in corpora.train], [store.digest for store in corpora.test]],
+            [
+                weights_digest(start),
+                [store.digest for store in corpora.train],
+                [store.digest for store in corpora.test],
+            ],
             [config.training, config.objective, _options(config), config.seed, every, config.loss],
         ]
 
@@ -250,22 +265,34 @@ class UnTrac(Recipe):
             seed=config.seed,
             digest=digest,
         )
-        phases: list[tuple[str, Iterable[Job]]] = [
-            ("leave-one-out", jobs_of.training_jobs(plan)),
-            ("unlearning", jobs_of.unlearning_jobs(plan)),
-            ("gradients", jobs_of.gradient_jobs(plan)),
-            ("Hessians", jobs_of.hessian_jobs(plan)),
-        ]
+        phases: dict[str, list[Job]] = {
+            "leave-one-out": list(jobs_of.training_jobs(plan)),
+            "unlearning": list(jobs_of.unlearning_jobs(plan)),
+            "gradients": list(jobs_of.gradient_jobs(plan)),
+            "Hessians": list(jobs_of.hessian_jobs(plan)),
+        }
+        if not self._is_scored(run, [job for jobs in phases.values() for job in jobs], digest):
+            _forget_vectorless(run.folder / "jobs", phases["gradients"] + phases["Hessians"], digest)
         records: dict[str, JobRecord] = {}
         took: list[tables.Row] = []
         with open_lanes(bench, placement=workers.lanes, scaling=config.scaling) as lanes:
-            for name, jobs in phases:
-                if todo := list(jobs):
+            for name, jobs in phases.items():
+                if jobs:
                     clock = time.perf_counter()
-                    found = _do(run, lanes, name, todo, digest)
+                    found = _do(run, lanes, name, jobs, digest)
                     took.append(tables.phase_row(name, found, seconds=time.perf_counter() - clock))
                     records |= found
         return records, took
+
+    def _is_scored(self, run: Run, jobs: list[Job], digest: str) -> bool:
+        """Whether an earlier run did all ``jobs`` and scored them, so that nobody needs their vectors any more."""
+        files = ResultFiles(run.folder / "jobs")
+        records = {job.key: files.load(job.key, job_digest(job, digest)) for job in jobs}
+        found = {key: record for key, record in records.items() if record is not None}
+        return len(found) == len(jobs) and run.is_done("scores", self._score_inputs(found))
+
+    def _score_inputs(self, records: Mapping[str, JobRecord]) -> list[Any]:
+        return [sorted([key, record.result] for key, record in records.items()), self.config.baselines]
 
     def _finish(
         self,
@@ -276,9 +303,9 @@ class UnTrac(Recipe):
         phases: list[tables.Row],
     ) -> None:
         """Scores, agreement, tables, results."""
-        inputs = [sorted([key, record.result] for key, record in records.items()), self.config.baselines]
+        inputs = self._score_inputs(records)
         found = tables.Influence(run.step("scores", inputs, lambda _: tables.influence(plan, records).rows))
-        agreement, summary = tables.agreement_tables(found, tables.seconds_of(records))
+        agreement, summary = tables.agreement_tables(found, tables.seconds_of(plan, records))
         run.finish(
             metrics=tables.metrics(found, summary),
             tables={
@@ -293,12 +320,14 @@ class UnTrac(Recipe):
                     for store in stores
                 ],
                 "phases": trained.phases + phases,
-                "deviations": list(deviations(
+                "deviations": list(
+                    deviations(
                         untrac=self.config.untrac,
                         untrac_inv=self.config.untrac_inv,
                         truth=self.config.truth,
                         sample=self.config.sample,
-                    )),
+                    )
+                ),
             },
             artifacts={"model": trained.model} if trained.model.is_relative_to(run.folder) else {},
         )
@@ -322,6 +351,8 @@ class _Workers:
 
     training: Placement
     lanes: Placement
+    cores: int
+    """CPUs that may compute, for reading and tokenising."""
 
 
 @contextmanager
@@ -331,23 +362,31 @@ def _workers(config: UnTrac.Config, run: Run) -> Iterator[_Workers]:
     inprocess = config.scaling.executor == "inprocess"
     with nullcontext(None) if inprocess else connect(run.address) as cluster:
         resources = local_resources() if cluster is None else cluster.resources()
-        yield _Workers(plan_training(config.scaling, resources), plan(config.scaling, resources, jobs=jobs))
+        training, lanes = plan_training(config.scaling, resources), plan(config.scaling, resources, jobs=jobs)
+        yield _Workers(training, lanes, resources.cpus)
 
 
 def _do(run: Run, lanes: Lanes, name: str, jobs: list[Job], digest: str) -> dict[str, JobRecord]:
     """One phase of jobs on the lanes, with its progress shown."""
-    results = run.folder / "jobs"
-    for job in jobs:
-        if isinstance(job, VectorJob) and not job.written():  # finished earlier, but its vectors were cleared away
-            (results / f"{job.key}.json").unlink(missing_ok=True)
     with run.phase(name, jobs=len(jobs)) as phase:
 
         def show(event: LaneEvent) -> None:
             if event.kind in ("lane_lost", "lane_waiting"):
-                run.log(event=event.kind, message=event.message)
+                phase.note(event.message)
+            if event.kind in ("finished", "lane_lost", "lane_waiting"):
+                run.log(phase=name, event=event.kind, job=event.job, lane=event.lane, message=event.message)
             phase.advance(event.work * len(jobs) - phase.finished, event.job or "")
 
-        return lanes.run(jobs, results=results, bench_digest=digest, on_event=show)
+        return lanes.run(jobs, results=run.folder / "jobs", bench_digest=digest, on_event=show)
+
+
+def _forget_vectorless(results: Path, jobs: list[Job], digest: str) -> None:
+    """Drop the results whose vectors were cleared away, or will be overwritten by a job of other inputs."""
+    files = ResultFiles(results)
+    for job in jobs:
+        stored = files.load(job.key, job_digest(job, digest))
+        if isinstance(job, VectorJob) and (stored is None or not job.written()):
+            (results / f"{job.key}.json").unlink(missing_ok=True)
 
 
 def _show(phase: Phase, log: Path) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import pickle
 import shutil
+import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -29,7 +30,12 @@ Work = Callable[[Ranks], dict[str, Any]]
 
 
 def launch(
-    work: Work, *, placement: Placement, scaling: ScalingConfig, scratch: Path, on_tick: Callable[[], None] | None = None
+    work: Work,
+    *,
+    placement: Placement,
+    scaling: ScalingConfig,
+    scratch: Path,
+    on_tick: Callable[[], None] | None = None,
 ) -> dict[str, Any]:
     """Run ``work`` on every worker of ``placement``; the result of rank 0 (picklable).
 
@@ -81,16 +87,16 @@ def _on_ray_train(
             failure_config=FailureConfig(max_failures=scaling.max_failures),
         ),
     )
-    with _quiet(), _ticking(on_tick):
+    with _quiet(), _ticking(on_tick), _own_interrupts():
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
             if failure.exists():
                 raise _recorded(failure) from None
             raise InfraError(
-                f"the training lost its workers more than scaling.max_failures = {scaling.max_failures} times; the last "
-                f"time: {str(error).strip().splitlines()[-1]}. Run the same command again: it goes on from the last "
-                "checkpoint."
+                f"the training lost its workers more than scaling.max_failures = {scaling.max_failures} times; the "
+                f"last time: {str(error).strip().splitlines()[-1]}. Run the same command again: it goes on from the "
+                "last checkpoint."
             ) from error
     if failure.exists():
         raise _recorded(failure)
@@ -126,6 +132,21 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
 def _recorded(failure: Path) -> Exception:
     wrapped: Failed = pickle.loads(failure.read_bytes())
     return wrapped.error()
+
+
+@contextmanager
+def _own_interrupts() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt: Ray Train puts its own handler in place, which exits with status 0."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SystemExit:
+        raise KeyboardInterrupt from None
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 @contextmanager

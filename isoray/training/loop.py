@@ -82,9 +82,7 @@ def train(
     guard = _Guard(parameters, parallel.ranks)
     optimizer = make_optimizer(config.optimizer, parameters)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    micro_batches = MicroBatches(
-        streams, parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout
-    )
+    micro_batches = MicroBatches(streams, parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout)
     start = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
         start = checkpoints.load(latest, parallel.model, optimizer)
@@ -101,7 +99,7 @@ def train(
         logs, evaluates = last or due(config.log_every, step), last or due(config.evaluate_every, step)
         saves = checkpoints is not None and due(config.checkpoint_every, step) and not last
         # Dropout depends on nothing but the step, so a resumed run draws what the undisturbed one drew.
-        torch.manual_seed(int(digest_of([seed, step, parallel.ranks.rank]), 16))
+        _seed([seed, step, parallel.ranks.rank], parallel.ranks.device)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * config.schedule.factor(step, total)
         sums, counts = _backward(parallel, objective, micro_batches.at(step), step, reference)
@@ -135,6 +133,16 @@ def train(
             )
             yield report
             clock.restart()
+
+
+def _seed(of: list[int], device: torch.device) -> None:
+    """Seed the random numbers that a forward pass on ``device`` draws."""
+    seed = int(digest_of(of), 16)
+    # Not torch.manual_seed: it also leaves calls behind for devices that are not there, each with a formatted stack,
+    # which takes as long as a layer of a small model.
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _backward(
@@ -208,7 +216,8 @@ class _Guard:
 
     def check_terms(self, sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], step: int) -> dict[str, float]:
         """The means of the terms over all ranks; raises NumericError where one is not finite."""
-        means = {name: float(self._ranks.sum(value.clone())) / max(1, int(counts[name])) for name, value in sums.items()}
+        totals = {name: float(self._ranks.sum(value.clone())) for name, value in sums.items()}
+        means = {name: total / max(1, int(counts[name])) for name, total in totals.items()}
         for name, value in means.items():
             if not torch.isfinite(torch.tensor(value)):
                 raise NumericError(

@@ -16,6 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from isoray.training.config import ComputeConfig
 
+CPU = torch.device("cpu")
+
 
 @dataclass(frozen=True)
 class Ranks:
@@ -23,14 +25,14 @@ class Ranks:
 
     rank: int = 0
     world: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     @classmethod
     def current(cls, device: torch.device | None = None) -> Ranks:
         """From the initialised default process group, or a single rank."""
         if not dist.is_initialized():
-            return cls(device=device or torch.device("cpu"))
-        return cls(dist.get_rank(), dist.get_world_size(), device or torch.device("cpu"))
+            return cls(device=device or CPU)
+        return cls(dist.get_rank(), dist.get_world_size(), device or CPU)
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The tensor summed over all ranks, in place."""
