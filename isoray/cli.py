@@ -5,6 +5,7 @@ Nothing heavy is imported here: each verb imports what it needs, so that ``isora
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -53,7 +54,7 @@ def run(
 
     if loaded.search:
         typer.echo(f"note: `search:` of {config} is not used by `isoray run`: the config runs as it stands", err=True)
-    folder = out or default_folder(loaded)
+    folder = lasting(out or default_folder(loaded))
     with Run.open(folder, loaded.config, recipe=loaded.recipe.kind, address=address) as opened:
         typer.echo(f"run {loaded.config.digest()} in {folder}", err=True)
         Recipe.build(loaded.config).run(opened)
@@ -136,6 +137,11 @@ def default_folder(loaded: Loaded) -> Path:
     assert isinstance(loaded.config, Recipe.Config)
     name = f"{loaded.recipe.kind}-{loaded.name}-{loaded.config.digest()}"
     return Path(loaded.config.storage.path) / name
+
+
+def lasting(folder: Path) -> Path:
+    """``folder``; a relative one hangs on the home folder in a Ray job, whose working folder is a copy Ray removes."""
+    return Path.home() / folder if "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ else folder
 
 
 def _find_code_here() -> None:

@@ -2,7 +2,8 @@
 
     ray job submit --working-dir . -- python jobs/untrac.py configs/untrac/quickstart.yaml [a.b=value ...] [--out DIR]
 
-Give ``storage.path`` (or ``--out``) on storage that outlives the job: its working folder does not.
+A relative run folder hangs on the home folder, since the job's working folder does not outlive it; the log says where
+the run is. On several nodes give ``storage.path`` (or ``--out``) on storage that all of them reach.
 """
 
 import sys

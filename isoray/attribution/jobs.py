@@ -12,6 +12,7 @@ from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from isoray.attribution.arnoldi import save_eigenpairs
 from isoray.attribution.config import ArnoldiConfig, LissaConfig
@@ -25,7 +26,7 @@ from isoray.corpora.store import Blocks
 from isoray.corpora.stream import BlockStream
 from isoray.objectives.base import Objective
 from isoray.objectives.gradient_ascent import GradientAscent
-from isoray.objectives.reduce import example_nll_sum, label_counts, token_nll
+from isoray.objectives.reduce import Batch, example_nll_sum, label_counts, token_nll
 from isoray.training.config import TrainingConfig
 from isoray.training.fit import log_step, read_log
 from isoray.training.loop import train
@@ -285,9 +286,12 @@ class DominantEigenpairs:
 
 def loss_sums(bench: Workbench) -> LossSums:
     """The summed loss whose gradients the baselines compare: of examples, or of tokens."""
-    if bench.average == "example":
-        return example_nll_sum
-    return lambda model, batch: token_nll(model, batch).nll_N.sum()
+
+    def summed(model: nn.Module, batch: Batch) -> Tensor:
+        bench.alive()  # a Hessian of many examples takes longer than a worker may be silent
+        return example_nll_sum(model, batch) if bench.average == "example" else token_nll(model, batch).nll_N.sum()
+
+    return summed
 
 
 def mean_hessian(bench: Workbench, *, examples: int, rows: int, seed: int) -> MeanHessian:

@@ -66,7 +66,8 @@ def cross_products(rows: Sequence[FloatArray], columns: Sequence[FloatArray], *,
     for part in chunks(max(sizes, default=0), chunk):
         left = np.array([vector[part] for vector in rows], dtype=np.float64)
         right = np.array([vector[part] for vector in columns], dtype=np.float64)
-        products += left @ right.T
+        # Not `@`: BLAS rounds otherwise with another number of threads, and scores must not hang on that.
+        products += np.einsum("np,mp->nm", left, right)
     return products
 
 

@@ -52,7 +52,8 @@ class Workbench:
         self.average = plan.average
         self.digest = plan.digest
         self.compute = plan.compute
-        self.progress: Callable[[float], None] = rank.progress
+        self._tell: Callable[[float], None] = rank.progress
+        self._fraction = 0.0
         self.train = {store.name: store for store in map(BlockStore.open, plan.train)}
         self.test = {store.name: store for store in map(BlockStore.open, plan.test)}
         self._plan = plan
@@ -62,6 +63,7 @@ class Workbench:
 
     def start(self, name: str) -> Parallel:
         """The model with the weights of ``name``, ready to train or to evaluate; no gradients, no optimizer state."""
+        self._fraction = 0.0
         if self._plan.options.adapter is not None:
             # An adapter's snapshot leaves out the frozen weights, which differ between starts.
             if name != self._opened:
@@ -74,6 +76,15 @@ class Workbench:
                 self._snapshots[name] = Snapshot(other, self._plan.starts[name])
         self._snapshots[name].restore(self.parallel.model)
         return self.parallel
+
+    def progress(self, fraction: float) -> None:
+        """Tell how much of the current job is done, from 0 to 1."""
+        self._fraction = fraction
+        self._tell(fraction)
+
+    def alive(self) -> None:
+        """Tell that the current job goes on, without saying how far it is."""
+        self._tell(self._fraction)
 
     def losses(self, sets: Mapping[str, Blocks]) -> SetLosses:
         """An evaluator of ``sets``."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -13,8 +13,10 @@ from torch import Tensor
 
 from isoray.corpora.store import Blocks, BlockStore
 from isoray.errors import DataError
+from isoray.evaluation.trees import Tree, owners, plant, supported
+from isoray.evaluation.trees import to_batch as tree_batch
 from isoray.models.load import LoadedModel
-from isoray.objectives.reduce import row_nll
+from isoray.objectives.reduce import row_nll, tree_nll
 from isoray.training.batching import Layout, to_batch
 from isoray.training.parallel import Parallel, Ranks
 
@@ -23,9 +25,10 @@ class SetLosses:
     """Losses of named evaluation sets; an evaluator of :func:`isoray.training.loop.train`.
 
     The rows of all sets are sorted by length together and cut into batches of at most ``max_tokens`` padded tokens;
-    the batches are made once and kept, because evaluation is repeated many times (UnTrac: every 16 steps). Sums are
-    taken in float64 in row order, so the losses do not depend on the cut or on the number of ranks beyond the rounding
-    of the forward pass.
+    sets whose examples begin alike are laid out as prefix trees instead (:mod:`isoray.evaluation.trees`). The batches
+    are made once and kept, because evaluation is repeated many times (UnTrac: every 16 steps). Sums are taken in
+    float64 in row order, so the losses do not depend on the cut or on the number of ranks beyond the rounding of the
+    forward pass.
 
     ``average="example"``: mean over examples of each example's mean token NLL (the paper). ``"token"``: NLL of all
     labelled tokens over their number.
@@ -44,32 +47,29 @@ class SetLosses:
         self._ranks = ranks or Ranks.current()
         self._names = list(sets)
         self._average = average
+        self._pad, self._layout, self._max_tokens = pad_token_id, layout, max_tokens
         for name, store in sets.items():
             if not int(np.asarray(store.label_counts).sum()):
                 raise DataError(f"evaluation set {name!r} has no labelled token; check its columns and `length`.")
-        stores = list(sets.values())
-        lengths = np.concatenate([np.asarray(store.lengths) for store in stores])
-        self._set_of_row = np.repeat(np.arange(len(stores)), [len(store) for store in stores])
-        row_in_set = np.concatenate([np.arange(len(store)) for store in stores])
-        chunks = _chunks(lengths, max_tokens)
-        mine = chunks[self._ranks.rank :: self._ranks.world]
-        # With FSDP every forward is a collective: a rank without a last batch runs along on one that counts nothing.
-        idle = -(-len(chunks) // self._ranks.world) - len(mine)
-        self._batches: list[tuple[Tensor, dict[str, Tensor]]] = []
-        for rows, counts in [(chunk, True) for chunk in mine] + [(chunks[0], False)] * idle:
-            blocks = [stores[self._set_of_row[row]][row_in_set[row]] for row in rows]
-            batch = to_batch(
-                blocks, filler=blocks[0], pad_token_id=pad_token_id, layout=layout, device=self._ranks.device
-            )
-            at = torch.tensor(rows if counts else [], dtype=torch.int64, device=self._ranks.device)
-            self._batches.append((at, batch))
+        self._stores = list(sets.values())
+        self._set_of_row = np.repeat(np.arange(len(self._stores)), [len(store) for store in self._stores])
+        self._row_in_set = np.concatenate([np.arange(len(store)) for store in self._stores])
+        self._batches: list[_Batch] | None = None
 
     def __call__(self, parallel: Parallel) -> dict[str, float]:
         """Mean loss (nats) of each set; every rank gets the same answer."""
+        if self._batches is None:
+            self._batches = self._lay_out(with_trees=self._layout == "causal" and supported(parallel))
         sums = torch.zeros(2, len(self._set_of_row), dtype=torch.float64, device=self._ranks.device)
-        for at, batch in self._batches:
-            nll_B, count_B = parallel.evaluate(row_nll, batch)
-            sums[0, at], sums[1, at] = nll_B[: len(at)].double(), count_B[: len(at)].double()
+        for batch in self._batches:
+            if batch.is_tree:
+                nll_N = parallel.evaluate(tree_nll, batch.tensors).double()
+                counts_N = torch.ones_like(nll_N)
+            else:
+                nll_N, counts_N = (found.double() for found in parallel.evaluate(row_nll, batch.tensors))
+            if batch.counts:
+                sums[0].index_add_(0, batch.rows_N, nll_N)
+                sums[1].index_add_(0, batch.rows_N, counts_N)
         nll_R, count_R = self._ranks.sum(sums).cpu().numpy()
         losses = {}
         for which, name in enumerate(self._names):
@@ -78,6 +78,45 @@ class SetLosses:
             weights = None if self._average == "example" else count_R[mine]
             losses[name] = float(np.average(per_row, weights=weights))
         return losses
+
+    def _lay_out(self, *, with_trees: bool) -> list[_Batch]:
+        """This rank's batches."""
+        lengths = np.concatenate([np.asarray(store.lengths) for store in self._stores])
+        plain = np.ones(len(lengths), np.bool_)
+        chunks: list[list[int] | list[Tree]] = []
+        for which, store in enumerate(self._stores) if with_trees else ():
+            rows = np.flatnonzero(self._set_of_row == which)
+            if trees := plant([store[row] for row in range(len(store))], first=int(rows[0])):
+                plain[rows] = False
+                chunks += _tree_chunks(trees, self._max_tokens)
+        chunks += _chunks(np.flatnonzero(plain), lengths, self._max_tokens)
+        mine = chunks[self._ranks.rank :: self._ranks.world]
+        # With FSDP every forward pass is a collective: a rank without a last batch runs along on one that counts nothing.
+        idle = -(-len(chunks) // self._ranks.world) - len(mine)
+        return [self._batch(chunk, counts=True) for chunk in mine] + [self._batch(chunks[0], counts=False)] * idle
+
+    def _batch(self, chunk: list[int] | list[Tree], *, counts: bool) -> _Batch:
+        device = self._ranks.device
+        if isinstance(chunk[0], Tree):
+            trees = cast("list[Tree]", chunk)
+            tensors = tree_batch(trees, pad_token_id=self._pad, device=device)
+            return _Batch(True, tensors, torch.tensor(owners(trees), device=device), counts)
+        rows = cast("list[int]", chunk)
+        blocks = [self._stores[self._set_of_row[row]][self._row_in_set[row]] for row in rows]
+        tensors = to_batch(blocks, filler=blocks[0], pad_token_id=self._pad, layout=self._layout, device=device)
+        return _Batch(False, tensors, torch.tensor(rows, device=device), counts)
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Ready for a forward pass."""
+
+    is_tree: bool
+    tensors: dict[str, Tensor]
+    rows_N: Tensor
+    """Which row each of the results belongs to: one per example, of trees one per label."""
+    counts: bool
+    """Whether it is this rank's to count."""
 
 
 @dataclass(frozen=True)
@@ -102,10 +141,16 @@ class StoreLosses:
         )
 
 
-def _chunks(lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
-    """Row numbers sorted by descending length, cut so that rows x longest stays within ``max_tokens``."""
+def _tree_chunks(trees: list[Tree], max_tokens: int) -> Iterator[list[Tree]]:
+    """The trees in order, cut so that trees x widest stays within ``max_tokens``."""
+    rows = max(1, max_tokens // max(map(len, trees)))
+    return (trees[start : start + rows] for start in range(0, len(trees), rows))
+
+
+def _chunks(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[list[int]]:
+    """``rows`` sorted by descending length, cut so that rows x longest stays within ``max_tokens``."""
     chunks: list[list[int]] = []
-    for row in np.argsort(-lengths, kind="stable").tolist():
+    for row in rows[np.argsort(-lengths[rows], kind="stable")].tolist():
         if chunks and lengths[chunks[-1][0]] * (len(chunks[-1]) + 1) <= max_tokens:
             chunks[-1].append(row)
         else:

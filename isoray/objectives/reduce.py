@@ -65,14 +65,22 @@ def token_nll(model: nn.Module, batch: Batch) -> TokenNll:
         inputs = {"input_ids": batch["input_ids"], **_attention(model, batch)}
         targets_BT = F.pad(batch["labels"][:, 1:], (0, 1), value=IGNORE)  # position t predicts token t + 1
         keep_BT = targets_BT != IGNORE
-    inputs["use_cache"] = False
     targets_N, row_N = targets_BT[keep_BT], keep_BT.nonzero()[:, 0]
-    if torch.is_grad_enabled() or len(targets_N) <= HEAD_CHUNK or (structure := decoder_and_head(model)) is None:
-        return TokenNll(_cross_entropy(logits_at(model, inputs, keep_BT), targets_N), row_N)
-    backbone, head = structure
-    hidden_NH = backbone(**inputs)[keep_BT]
-    pieces = zip(torch.split(hidden_NH, HEAD_CHUNK), torch.split(targets_N, HEAD_CHUNK), strict=True)
-    return TokenNll(torch.cat([_cross_entropy(head(hidden), targets) for hidden, targets in pieces]), row_N)
+    return TokenNll(_nll_at(model, inputs, keep_BT, targets_N), row_N)
+
+
+def tree_nll(model: nn.Module, tree: Batch) -> Tensor:
+    """NLL of every labelled token of examples laid out as prefix trees (:mod:`isoray.evaluation.trees`): shape [N]."""
+    length = tree["input_ids"].shape[1]
+    place_T = torch.arange(length, device=tree["input_ids"].device)
+    # A position sees itself and its ancestors: those before it whose subtree has not ended.
+    allowed_BTT = (place_T[:, None] >= place_T) & (place_T[:, None] < tree["subtree_ends"][:, None, :])
+    inputs = {
+        "input_ids": tree["input_ids"],
+        "position_ids": tree["position_ids"],
+        "attention_mask": _mask(model, allowed_BTT),
+    }
+    return _nll_at(model, inputs, tree["predicts"], tree["targets"], which_N=tree["predictors"])
 
 
 def row_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -92,6 +100,21 @@ def example_nll_sum(model: nn.Module, batch: Batch) -> Tensor:
     return (sum_B / count_B.clamp(min=1)).sum()
 
 
+def _nll_at(
+    model: nn.Module, inputs: dict[str, Any], keep_BT: Tensor, targets_N: Tensor, which_N: Tensor | None = None
+) -> Tensor:
+    """NLL of ``targets_N``; the n-th is predicted at the n-th position of ``keep_BT``, or at the ``which_N[n]``-th."""
+    inputs["use_cache"] = False
+    if torch.is_grad_enabled() or len(targets_N) <= HEAD_CHUNK or (structure := decoder_and_head(model)) is None:
+        logits_NV = logits_at(model, inputs, keep_BT)
+        return _cross_entropy(logits_NV if which_N is None else logits_NV[which_N], targets_N)
+    backbone, head = structure
+    hidden_NH = backbone(**inputs)[keep_BT]
+    hidden_NH = hidden_NH if which_N is None else hidden_NH[which_N]
+    pieces = zip(torch.split(hidden_NH, HEAD_CHUNK), torch.split(targets_N, HEAD_CHUNK), strict=True)
+    return torch.cat([_cross_entropy(head(hidden), targets) for hidden, targets in pieces])
+
+
 def _cross_entropy(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     wide = logits_NV if logits_NV.dtype == torch.float64 else logits_NV.float()
     return F.cross_entropy(wide, targets_N, reduction="none")
@@ -108,7 +131,6 @@ def _attention(model: nn.Module, batch: Batch) -> dict[str, Any]:
     length = segments_BT.shape[1]
     causal_TT = torch.ones(length, length, dtype=torch.bool, device=segments_BT.device).tril()
     allowed_BTT = (segments_BT[:, :, None] == segments_BT[:, None, :]) & causal_TT
-    mask_BHTT = allowed_BTT[:, None]
     config = getattr(model, "config", None)
     window = getattr(config, "sliding_window", None)
     if window is not None and length > window:
@@ -116,7 +138,13 @@ def _attention(model: nn.Module, batch: Batch) -> dict[str, Any]:
             f"packed blocks of {length} tokens are longer than the model's attention window of {window}: set "
             f"corpora.length to at most {window}, or corpora.packing to false."
         )
-    if getattr(config, "_attn_implementation", "sdpa") != "sdpa":  # added to the scores there; sdpa takes "may attend"
-        dtype = next(model.parameters()).dtype
-        mask_BHTT = torch.zeros_like(mask_BHTT, dtype=dtype).masked_fill(~mask_BHTT, torch.finfo(dtype).min)
-    return {"attention_mask": mask_BHTT, "position_ids": batch["position_ids"]}
+    return {"attention_mask": _mask(model, allowed_BTT), "position_ids": batch["position_ids"]}
+
+
+def _mask(model: nn.Module, allowed_BTT: Tensor) -> Tensor:
+    """What the model's attention takes for "may attend": shape [B, 1, T, T]."""
+    mask_BHTT = allowed_BTT[:, None]
+    if getattr(getattr(model, "config", None), "_attn_implementation", "sdpa") == "sdpa":
+        return mask_BHTT
+    dtype = next(model.parameters()).dtype  # added to the scores
+    return torch.zeros_like(mask_BHTT, dtype=dtype).masked_fill(~mask_BHTT, torch.finfo(dtype).min)
