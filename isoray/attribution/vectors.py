@@ -76,5 +76,5 @@ def norm(vector: FloatArray, *, chunk: int = CHUNK) -> float:
     total = 0.0
     for part in chunks(len(vector), chunk):
         values = vector[part].astype(np.float64)
-        total += float(values @ values)
+        total += float(np.einsum("p,p->", values, values))
     return float(np.sqrt(total))

@@ -116,8 +116,8 @@ def test_an_address_where_no_cluster_answers_is_a_named_error() -> None:
 
 def test_auto_without_a_cluster_is_a_named_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    if Path("/tmp/ray/ray_current_cluster").exists():
-        pytest.skip("somebody's cluster is running on this machine")
+    if subprocess.run(["pgrep", "gcs_server"], check=False, capture_output=True).returncode == 0:
+        pytest.skip("another Ray is running on this machine; `auto` would join it")
     with pytest.raises(InfraError, match="no Ray cluster answers at 'auto'"), connect("auto"):
         pass
 
