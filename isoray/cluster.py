@@ -301,6 +301,7 @@ def _own_ray(cores: int) -> Iterator[Cluster]:
         "RAY_AUTH_TOKEN": os.environ.get("RAY_AUTH_TOKEN", _TOKEN),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+        "MALLOC_ARENA_MAX": "1",  # actors compute outside the main thread: see training.memory.keep_freed_memory
         "PYTHONPATH": os.pathsep.join(_import_paths()),
     }
     with _environment(settings):

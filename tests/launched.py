@@ -13,7 +13,6 @@ import torch.distributed as dist
 from gated import Gated
 from trainings import FINGERPRINT, make_llama, save_whole, tiny_training
 
-from isoray.errors import IsorayError
 from isoray.training.parallel import Ranks
 from isoray.training.state import Checkpoints
 
@@ -32,15 +31,6 @@ class Trains:
         steps = [step.step for step in tiny_training(model, checkpoints, objective=objective)]
         save_whole(model, ranks.rank, self.folder)
         return {"first": steps[0], "last": steps[-1], "world": ranks.world, "threads": torch.get_num_threads()}
-
-
-class HardToSend(IsorayError):
-    """Cannot be built from a message alone, so it does not survive pickling."""
-
-    exit_status = 4
-
-    def __init__(self, one: str, two: str) -> None:
-        super().__init__(f"{one} and {two}")
 
 
 @dataclass(frozen=True)

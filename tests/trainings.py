@@ -1,4 +1,4 @@
-"""Small trainings for tests, also in processes of their own: several ranks, and ones that are killed at a bad moment."""
+"""Small trainings for tests, also in processes of their own: several ranks, or killed at a bad moment."""
 
 from __future__ import annotations
 
@@ -65,7 +65,9 @@ def in_processes(work: Callable[..., None], number: int, *arguments: Any) -> lis
     They are forked from a server that has imported the heavy modules and computed nothing, which is quick and safe.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["isoray.training.state", "isoray.training.loop", "transformers.models.llama.modeling_llama"])
+    context.set_forkserver_preload(
+        ["isoray.training.state", "isoray.training.loop", "transformers.models.llama.modeling_llama"]
+    )
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

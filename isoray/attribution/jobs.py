@@ -46,7 +46,7 @@ class VectorJob(Protocol):
 
 
 def sample(blocks: Blocks, *, most: int | None, seed: int) -> Blocks:
-    """At most ``most`` of ``blocks``, drawn by ``seed`` and the corpus's name; all of them, in order, if that suffices."""
+    """At most ``most`` of ``blocks``, drawn by ``seed`` and the corpus's name; all, in order, if that suffices."""
     if most is None or len(blocks) <= most:
         return blocks
     draw = np.random.default_rng([seed, int(digest_of(blocks.name), 16)])

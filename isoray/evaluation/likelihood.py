@@ -20,6 +20,9 @@ from isoray.objectives.reduce import row_nll, tree_nll
 from isoray.training.batching import Layout, to_batch
 from isoray.training.parallel import Parallel, Ranks
 
+CPU_TOKENS = 1024
+"""On a CPU, batches with more tokens are slower: their activations leave the cache."""
+
 
 class SetLosses:
     """Losses of named evaluation sets; an evaluator of :func:`isoray.training.loop.train`.
@@ -47,7 +50,8 @@ class SetLosses:
         self._ranks = ranks or Ranks.current()
         self._names = list(sets)
         self._average = average
-        self._pad, self._layout, self._max_tokens = pad_token_id, layout, max_tokens
+        self._pad, self._layout = pad_token_id, layout
+        self._max_tokens = min(max_tokens, CPU_TOKENS) if self._ranks.device.type == "cpu" else max_tokens
         for name, store in sets.items():
             if not int(np.asarray(store.label_counts).sum()):
                 raise DataError(f"evaluation set {name!r} has no labelled token; check its columns and `length`.")
@@ -91,7 +95,7 @@ class SetLosses:
                 chunks += _tree_chunks(trees, self._max_tokens)
         chunks += _chunks(np.flatnonzero(plain), lengths, self._max_tokens)
         mine = chunks[self._ranks.rank :: self._ranks.world]
-        # With FSDP every forward pass is a collective: a rank without a last batch runs along on one that counts nothing.
+        # With FSDP every forward pass is a collective: a rank without a last batch runs along, on one that counts not.
         idle = -(-len(chunks) // self._ranks.world) - len(mine)
         return [self._batch(chunk, counts=True) for chunk in mine] + [self._batch(chunks[0], counts=False)] * idle
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from isoray.config.base import digest_of
 from isoray.corpora.stream import BlockStream
@@ -23,7 +24,7 @@ from isoray.objectives.reduce import Batch
 from isoray.training.batching import Layout, MicroBatches
 from isoray.training.config import TrainingConfig
 from isoray.training.memory import peak_memory_mb
-from isoray.training.optim import make_optimizer
+from isoray.training.optim import EarlyUpdates, combined_norm, make_optimizer
 from isoray.training.parallel import Parallel, Ranks
 from isoray.training.state import Checkpoints
 
@@ -82,6 +83,7 @@ def train(
     guard = _Guard(parameters, parallel.ranks)
     optimizer = make_optimizer(config.optimizer, parameters)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
+    updates = _Updates(parallel, objective, reference, optimizer, parameters, guard, config.clip_norm)
     micro_batches = MicroBatches(streams, parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout)
     start = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
@@ -102,17 +104,11 @@ def train(
         _seed([seed, step, parallel.ranks.rank], parallel.ranks.device)
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = rate * config.schedule.factor(step, total)
-        sums, counts = _backward(parallel, objective, micro_batches.at(step), step, reference)
-        clock.add(counts)
-        norm = None
         # Before a checkpoint, too: broken weights must not replace the last sound ones.
-        if config.clip_norm is not None or logs or saves or step == start:
-            norm = guard.check_gradient(parallel.gradient_norm(parameters), step)
-        if config.clip_norm is not None and norm is not None:
-            parallel.clip(parameters, config.clip_norm, norm)
+        measure = logs or saves or step == start
         with guard.expect_change(step) if step == start else nullcontext():
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+            sums, counts, norm = updates.take(micro_batches.at(step), step, measure=measure)
+        clock.add(counts)
 
         if saves:
             assert checkpoints is not None
@@ -133,6 +129,50 @@ def train(
             )
             yield report
             clock.restart()
+
+
+class _Updates:
+    """One optimizer step after the other: gradients, their norm, clipping, the update."""
+
+    def __init__(
+        self,
+        parallel: Parallel,
+        objective: Objective,
+        reference: nn.Module | None,
+        optimizer: Optimizer,
+        parameters: list[nn.Parameter],
+        guard: _Guard,
+        clip_norm: float | None,
+    ) -> None:
+        self._parallel, self._objective, self._reference = parallel, objective, reference
+        self._optimizer, self._parameters = optimizer, parameters
+        self._guard, self._clip_norm = guard, clip_norm
+        early = EarlyUpdates(optimizer, parameters)
+        # Several ranks and clipping need the gradients whole.
+        self._early = early if early.worthwhile and parallel.ranks.world == 1 and clip_norm is None else None
+
+    def take(
+        self, micro_batches: list[dict[str, Batch]], step: int, *, measure: bool
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | None]:
+        """Take step ``step``; this rank's sums and all ranks' counts of the terms, and the gradient's norm if measured.
+
+        Raises NumericError for a measured norm that is zero or not finite.
+        """
+        parallel, norm = self._parallel, None
+        if self._early is not None and len(micro_batches) == 1:
+            with self._early.during_backward(measure=measure) as norms:
+                sums, counts = _backward(parallel, self._objective, micro_batches, step, self._reference)
+            if measure:
+                norm = self._guard.check_gradient(combined_norm(norms), step)
+            return sums, counts, norm
+        sums, counts = _backward(parallel, self._objective, micro_batches, step, self._reference)
+        if measure or self._clip_norm is not None:
+            norm = self._guard.check_gradient(parallel.gradient_norm(self._parameters), step)
+        if self._clip_norm is not None and norm is not None:
+            parallel.clip(self._parameters, self._clip_norm, norm)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        return sums, counts, norm
 
 
 def _seed(of: list[int], device: torch.device) -> None:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Annotated, Literal
 
 import torch
 from pydantic import Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
-from transformers.optimization import Adafactor as HfAdafactor
 
 from isoray.config.base import Config
 
@@ -127,6 +127,57 @@ def make_optimizer(config: OptimizerConfig, parameters: Iterable[nn.Parameter]) 
         case RmsPropConfig():
             return torch.optim.RMSprop(trainable, lr=config.lr, alpha=config.alpha, eps=config.eps)
         case AdafactorConfig():
+            from transformers.optimization import Adafactor as HfAdafactor  # takes seconds to import
+
             return HfAdafactor(  # type: ignore[no-untyped-call]
                 trainable, lr=config.lr, scale_parameter=False, relative_step=False, warmup_init=False
             )
+
+
+class EarlyUpdates:
+    """Updates weights while the backward pass still runs, so that their gradients need not exist all at once.
+
+    Gradients are used up and dropped in portions of ``portion`` bytes, in the order in which they become ready. The
+    optimizers here treat every parameter by itself, so the weights are, bit for bit, those of an update at the end.
+    PyTorch refuses a backward pass that still needs a weight which was changed.
+    """
+
+    def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], *, portion: int = 32 * 2**20) -> None:
+        self._optimizer, self._parameters, self._portion = optimizer, parameters, portion
+        self.worthwhile = 2 * portion <= sum(p.nbytes for p in parameters)
+        """Whether there is more than a portion or two to save."""
+
+    @contextmanager
+    def during_backward(self, *, measure: bool) -> Iterator[list[Tensor]]:
+        """Run one backward pass inside; where ``measure``, the list then holds the 2-norms of all gradients."""
+        ready: list[nn.Parameter] = []
+        norms: dict[nn.Parameter, Tensor] = {}
+        found: list[Tensor] = []
+
+        def update() -> None:
+            gradients = [p.grad for p in ready if p.grad is not None]
+            if measure and gradients:
+                norms.update(zip(ready, torch._foreach_norm(gradients), strict=True))
+            self._optimizer.step()  # of those that have a gradient
+            for parameter in ready:
+                parameter.grad = None
+            ready.clear()
+
+        def take(parameter: nn.Parameter) -> None:
+            ready.append(parameter)
+            if sum(p.nbytes for p in ready) >= self._portion:
+                update()
+
+        hooks = [p.register_post_accumulate_grad_hook(take) for p in self._parameters]  # type: ignore[arg-type]
+        try:
+            yield found
+        finally:
+            for hook in hooks:
+                hook.remove()
+        update()
+        found += [norms[p] for p in self._parameters if p in norms]
+
+
+def combined_norm(norms: Sequence[Tensor]) -> Tensor:
+    """The 2-norm of all gradients from the 2-norms of each: a scalar, 0 where there are none."""
+    return torch.linalg.vector_norm(torch.stack(list(norms))) if norms else torch.zeros(())

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from isoray.training.config import ComputeConfig
+from isoray.training.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
 
@@ -66,6 +67,8 @@ class Parallel:
         self.compute = compute or ComputeConfig()
         self.sharded = self.ranks.world > 1 and self.compute.parallel == "fsdp"
         """Whether every forward pass is a collective operation."""
+        if self.ranks.device.type == "cpu":
+            keep_freed_memory()
         self._inside: nn.Module = _Inside(model.to(self.ranks.device))
         if self.compute.activation_checkpointing:
             hf_model: Any = model

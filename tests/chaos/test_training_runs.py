@@ -1,4 +1,4 @@
-"""Whole UnTrac runs that lose workers, or their driver, or run out of disk or of numbers: same results, or a named end."""
+"""Whole UnTrac runs that lose workers or their driver, run out of disk or of numbers: same results, or a named end."""
 
 from __future__ import annotations
 
@@ -73,10 +73,10 @@ def test_a_run_whose_driver_is_killed_twice_goes_on_where_it_was(tmp_path: Path)
     """In the training and in the lanes; the third start, which needs no Ray, ends with the undisturbed numbers."""
     gate, out = Gate(tmp_path / "gate"), tmp_path / "run"
     line = command(out, *gate.overrides, "scaling.lanes=1")
-    with driver(line) as first:
+    with Driver(line) as first:
         (trainer,) = gate.wait_for()
         assert trainer in kill_with_family(first)
-    with driver(line) as second:
+    with Driver(line) as second:
         (again,) = gate.wait_for(trainer)
         gate.let_pass(again)
         (lane,) = gate.wait_for(trainer, again)
@@ -92,7 +92,7 @@ def test_a_run_whose_driver_is_killed_twice_goes_on_where_it_was(tmp_path: Path)
     assert numbers(out) == reference()
 
 
-class driver:  # noqa: N801 - used like a function
+class Driver:
     """A run as a subprocess, which does not outlive the test."""
 
     def __init__(self, line: list[str]) -> None:
@@ -153,7 +153,9 @@ def test_a_full_disk_ends_a_run_with_status_5_and_room_lets_it_go_on(small_disk:
 
 def test_broken_numbers_end_a_run_with_status_4_and_the_last_sound_checkpoint(tmp_path: Path) -> None:
     gate, out = Gate(tmp_path / "gate", is_open=True), tmp_path / "run"
-    line = command(out, INPROCESS, *gate.overrides, "objective.nan=true", "training.log_every=12", "training.clip_norm=null")
+    line = command(
+        out, INPROCESS, *gate.overrides, "objective.nan=true", "training.log_every=12", "training.clip_norm=null"
+    )
     ended = subprocess.run(line, env=environment(), capture_output=True, text=True, timeout=BOUND_S)
     assert ended.returncode == 4, ended.stderr
     assert "error: step 8: the gradient's norm is nan" in ended.stderr

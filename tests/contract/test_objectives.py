@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
@@ -107,7 +106,9 @@ def test_weigh_counts_what_terms_sum(kind: str, average: str, tiny_model: Callab
     counts, terms = loss.weigh(batches), loss.terms(model, batches)
     assert counts.keys() == terms.keys() == loss.coefficients(0).keys()
     for name, value in terms.items():
-        assert float(value.detach()) == pytest.approx(float(counts[name]) * torch.log(torch.tensor(97.0)).item(), rel=1e-6)
+        assert float(value.detach()) == pytest.approx(
+            float(counts[name]) * torch.log(torch.tensor(97.0)).item(), rel=1e-6
+        )
 
 
 @pytest.mark.parametrize("kind", [kind for kind, _ in SETTINGS[::2]])

@@ -226,7 +226,9 @@ def test_broken_numbers_end_the_training_and_spare_the_last_sound_checkpoint(tmp
     quiet = {**ROUGH, "clip_norm": None, "log_every": 100, "checkpoint_every": 2, "optimizer": OPTIMIZERS["adam"]}
     checkpoints = Checkpoints(tmp_path, "")
     objective = BreaksDown(LanguageModelling.Config())
-    with pytest.raises(NumericError, match=r"step 6: the gradient's norm is nan.*the last checkpoint is kept") as raised:
+    with pytest.raises(
+        NumericError, match=r"step 6: the gradient's norm is nan.*the last checkpoint is kept"
+    ) as raised:
         list(steps_of(make_llama(), TrainingConfig.model_validate(quiet), checkpoints, objective=objective))
     assert raised.value.exit_status == 4
     assert checkpoints.latest() == tmp_path / "step-00000004"
@@ -238,7 +240,7 @@ def test_broken_numbers_end_the_training_and_spare_the_last_sound_checkpoint(tmp
 
 def test_ascent_without_end_is_a_numeric_error() -> None:
     config = TrainingConfig(steps=50, batch_size=6, optimizer=SgdConfig(lr=1e30), log_every=100)
-    with pytest.raises(NumericError, match="training.optimizer.lr"):
+    with pytest.raises(NumericError, match=r"training\.optimizer\.lr"):
         list(steps_of(make_llama(), config))
 
 
@@ -272,7 +274,7 @@ def test_a_training_that_trains_nothing_is_refused(make_model: Any, lr: float, m
 
 @pytest.mark.parametrize("lr", [0.0, -1.0, math.nan])
 def test_a_learning_rate_that_cannot_train_is_refused(lr: float) -> None:
-    with pytest.raises(ValidationError, match="greater than 0|Input should be"):
+    with pytest.raises(ValidationError, match=r"greater than 0|Input should be"):
         SgdConfig(lr=lr)
 
 
@@ -285,17 +287,23 @@ def test_every_optimizer_makes_progress(name: str) -> None:
     assert losses[-1] < losses[0] - 0.3
 
 
-@pytest.mark.parametrize(("name", "reference"), [
-    ("adam", lambda p: torch.optim.Adam(p, lr=1e-2)),
-    ("adamw", lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1)),
-    ("sgd", lambda p: torch.optim.SGD(p, lr=0.1)),
-    ("momentum", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.9)),
-    ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=1e-3)),
-])
+@pytest.mark.parametrize(
+    ("name", "reference"),
+    [
+        ("adam", lambda p: torch.optim.Adam(p, lr=1e-2)),
+        ("adamw", lambda p: torch.optim.AdamW(p, lr=1e-2, weight_decay=0.1)),
+        ("sgd", lambda p: torch.optim.SGD(p, lr=0.1)),
+        ("momentum", lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9, dampening=0.9)),
+        ("rmsprop", lambda p: torch.optim.RMSprop(p, lr=1e-3)),
+    ],
+)
 def test_optimizers_are_those_of_their_names(name: str, reference: Any) -> None:
     config: Any = TypeAdapter(OptimizerConfig).validate_python(OPTIMIZERS[name])
     ours, theirs = make_llama(), make_llama()
-    for model, optimizer in ((ours, make_optimizer(config, ours.parameters())), (theirs, reference(theirs.parameters()))):
+    for model, optimizer in (
+        (ours, make_optimizer(config, ours.parameters())),
+        (theirs, reference(theirs.parameters())),
+    ):
         for step in range(5):
             ids = torch.arange(3, 19).reshape(2, 8) + step
             model(input_ids=ids, labels=ids).loss.backward()
@@ -305,15 +313,18 @@ def test_optimizers_are_those_of_their_names(name: str, reference: Any) -> None:
         torch.testing.assert_close(ours.state_dict()[name], tensor, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize(("settings", "factors"), [
-    ({"kind": "constant"}, [1.0] * 8),
-    ({"kind": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ({"kind": "linear"}, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-    ({"kind": "linear", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
-    ({"kind": "linear", "final": 0.2}, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
-    ({"kind": "cosine", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553390593, 0.5, 0.146446609407]),
-    ({"kind": "cosine", "warmup_steps": 9}, [step / 9 for step in range(1, 9)]),
-])
+@pytest.mark.parametrize(
+    ("settings", "factors"),
+    [
+        ({"kind": "constant"}, [1.0] * 8),
+        ({"kind": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ({"kind": "linear"}, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
+        ({"kind": "linear", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ({"kind": "linear", "final": 0.2}, [1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3]),
+        ({"kind": "cosine", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553390593, 0.5, 0.146446609407]),
+        ({"kind": "cosine", "warmup_steps": 9}, [step / 9 for step in range(1, 9)]),
+    ],
+)
 def test_schedules_are_as_written_out(settings: dict[str, Any], factors: list[float]) -> None:
     """The rates that the loop really used, over the first one's factor."""
     config = TrainingConfig(

@@ -1,4 +1,4 @@
-"""What UnTrac must fulfil (Isonuma and Titov, ACL 2024), shown on its real jobs, a real bench and a small trained model."""
+"""What UnTrac must fulfil (Isonuma and Titov, ACL 2024), on its real jobs, a real bench and a small trained model."""
 
 from __future__ import annotations
 
@@ -65,7 +65,13 @@ CONFIG: dict[str, Any] = {
         },
     },
     "model": {
-        "create": {"hidden_size": 48, "layers": 2, "heads": 2, "intermediate_size": 96, "tokenizer": {"vocab_size": 512}}
+        "create": {
+            "hidden_size": 48,
+            "layers": 2,
+            "heads": 2,
+            "intermediate_size": 96,
+            "tokenizer": {"vocab_size": 512},
+        }
     },
     "training": {"steps": 300, "batch_size": 16, "optimizer": {"kind": "adam", "lr": 3e-3}},
     "untrac": {"batch_size": 4, "optimizer": {"kind": "adam", "lr": 1e-5}},
@@ -176,7 +182,9 @@ def test_a_gradient_job_is_autograd_s(bench: Workbench, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("estimator", ["untrac", "untrac_inv", "grad_cos"])
-def test_a_duplicate_of_the_test_set_ranks_first_and_random_letters_last_or_near_zero(run: Path, estimator: str) -> None:
+def test_a_duplicate_of_the_test_set_ranks_first_and_random_letters_last_or_near_zero(
+    run: Path, estimator: str
+) -> None:
     """METHODS 1.8.3."""
     rows = json.loads((run / "results.json").read_text())["tables"]["influence"]
     score = {r["corpus"]: r["score"] for r in rows if (r["estimator"], r["test"]) == (estimator, "where")}

@@ -1,0 +1,149 @@
+"""Examples laid out as prefix trees have the losses that they have alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pytest
+import torch
+from blocks import ListStore, document, packed
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from isoray.corpora.store import Block
+from isoray.evaluation import likelihood, trees
+from isoray.evaluation.likelihood import SetLosses
+from isoray.objectives.reduce import row_nll
+from isoray.training.parallel import Parallel, Ranks
+
+SIZES = {
+    "llama": {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 32},
+    "gpt2": {"n_layer": 2, "n_head": 2},
+    "opt": {"num_hidden_layers": 2, "num_attention_heads": 2, "ffn_dim": 32, "word_embed_proj_dim": 16},
+    "gpt_neox": {"num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32},
+    "mamba": {"num_hidden_layers": 2, "state_size": 4},
+    "gemma3_text": {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 8},
+}
+
+
+def model_of(kind: str, attention: str = "sdpa", dtype: torch.dtype = torch.float64) -> nn.Module:
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=97, hidden_size=16, max_position_embeddings=512, **SIZES[kind])
+    settings = {} if kind == "mamba" else {"attn_implementation": attention}
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype, **settings).eval()
+    for parameter in model.parameters():  # a fresh model hardly looks at what came before
+        if parameter.dim() > 1:
+            parameter.data.mul_(10)
+    return model
+
+
+def templates(name: str, rows: int, *, seed: int) -> ListStore:
+    """Examples with common beginnings of several lengths, some of them whole examples, some twice."""
+    draw = np.random.default_rng(seed)
+    stem = draw.integers(3, 97, 30)
+    blocks = []
+    for _ in range(rows):
+        ids = np.concatenate([stem[: draw.integers(5, 30)], draw.integers(3, 6, draw.integers(1, 6))]).astype(np.int32)
+        labels = ids.copy()
+        labels[: draw.integers(1, len(ids))] = -100
+        blocks.append(Block(ids, labels, np.zeros(len(ids), np.int32)))
+    return ListStore(name, [*blocks, *blocks[:3]])
+
+
+def alone(model: nn.Module, blocks: Sequence[Block]) -> float:
+    """The slow way: one pass per example, mean of means."""
+    means = []
+    for block in blocks:
+        batch = {
+            "input_ids": torch.tensor(block.input_ids).long()[None],
+            "labels": torch.tensor(block.labels).long()[None],
+        }
+        with torch.no_grad():
+            nll_B, count_B = row_nll(model, batch)
+        means.append(float(nll_B / count_B))
+    return float(np.mean(means))
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Collects how many trees were planted for each set."""
+    planted: list[int] = []
+    plant = likelihood.plant
+
+    def spy(*args: object, **kwargs: object) -> list[trees.Tree] | None:
+        found = plant(*args, **kwargs)  # type: ignore[arg-type]
+        planted.append(len(found or ()))
+        return found
+
+    monkeypatch.setattr(likelihood, "plant", spy)
+    return planted
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "opt", "gpt_neox"])
+def test_losses_are_those_of_single_examples(kind: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "WIDTH", 60)  # several trees, several to a batch
+    planted = spied(monkeypatch)
+    model = model_of(kind, attention)
+    sets = {"a": templates("a", 40, seed=1), "b": templates("b", 10, seed=2)}
+    losses = SetLosses(sets, pad_token_id=0, max_tokens=130)
+    got = losses(Parallel(model))
+    assert planted[0] > 2
+    for name, store in sets.items():
+        assert got[name] == pytest.approx(alone(model, store.blocks), rel=1e-12)
+    assert losses(Parallel(model)) == got
+
+
+def test_average_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    planted = spied(monkeypatch)
+    model, store = model_of("llama"), templates("a", 20, seed=1)
+    got = SetLosses({"a": store}, pad_token_id=0, average="token", max_tokens=512)(Parallel(model))["a"]
+    assert planted == [1]
+    monkeypatch.setattr(likelihood, "supported", lambda _: False)
+    plain = SetLosses({"a": store}, pad_token_id=0, average="token", max_tokens=512)(Parallel(model))["a"]
+    assert got == pytest.approx(plain, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mamba", "gemma3_text"])
+def test_models_that_mix_positions_otherwise_are_left_alone(kind: str) -> None:
+    model, store = model_of(kind, dtype=torch.float32), templates("a", 10, seed=1)
+    assert not trees.supported(Parallel(model))
+    got = SetLosses({"a": store}, pad_token_id=0, max_tokens=512)(Parallel(model))["a"]
+    assert got == pytest.approx(alone(model, store.blocks), rel=1e-5)
+
+
+def test_a_model_that_ignores_the_mask_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("llama", dtype=torch.float32)
+    forward = model.model.forward
+
+    def careless(*args: object, attention_mask: object = None, **kwargs: object) -> object:
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(model.model, "forward", careless)
+    assert not trees.supported(Parallel(model))
+
+
+def test_only_what_begins_alike_is_planted() -> None:
+    assert trees.plant([document(20, seed=n) for n in range(8)]) is None, "nothing is shared"
+    assert trees.plant(templates("a", 20, seed=1).blocks) is not None
+    long = [document(trees.WIDTH + 1, seed=0)] * 4
+    assert trees.plant(long) is None
+    two = packed([document(5, seed=0), document(5, seed=1)])
+    assert trees.plant([two] * 4) is None
+
+
+def test_ranks_share_the_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The sums of two ranks, taken one after the other, are those of one."""
+    monkeypatch.setattr(trees, "WIDTH", 60)
+    model, store = model_of("llama"), templates("a", 40, seed=1)
+    shares: list[torch.Tensor] = []
+    monkeypatch.setattr(Ranks, "sum", lambda self, tensor: shares.append(tensor.clone()) or tensor)
+    whole = SetLosses({"a": store}, pad_token_id=0, max_tokens=60)(Parallel(model))["a"]
+    shares.clear()
+    for rank in range(2):
+        ranks = Ranks(rank, 2, torch.device("cpu"))
+        with np.errstate(all="ignore"):
+            SetLosses({"a": store}, pad_token_id=0, max_tokens=60, ranks=ranks)(Parallel(model))
+    nll_R, count_R = sum(shares).numpy()
+    assert all(share[1].any() for share in shares)
+    assert (nll_R / count_R).mean() == pytest.approx(whole, rel=1e-12)
