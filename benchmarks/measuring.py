@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 REPOSITORY = Path(__file__).resolve().parents[1]
 BASELINES = REPOSITORY / "benchmarks" / "baselines"
 CORES = len(os.sched_getaffinity(0))
-PERIOD_S = 0.2
-"""How often memory is measured: a look at a gigabyte costs some milliseconds."""
+PERIOD_S = 1.0
+"""How often memory is measured: a look at a process takes up to ten milliseconds."""
 
 
 class Cost(NamedTuple):

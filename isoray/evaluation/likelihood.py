@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import Literal
 
 import numpy as np
 import torch
@@ -102,10 +102,10 @@ class SetLosses:
     def _batch(self, chunk: list[int] | list[Tree], *, counts: bool) -> _Batch:
         device = self._ranks.device
         if isinstance(chunk[0], Tree):
-            trees = cast("list[Tree]", chunk)
+            trees = chunk
             tensors = tree_batch(trees, pad_token_id=self._pad, device=device)
             return _Batch(True, tensors, torch.tensor(owners(trees), device=device), counts)
-        rows = cast("list[int]", chunk)
+        rows = chunk
         blocks = [self._stores[self._set_of_row[row]][self._row_in_set[row]] for row in rows]
         tensors = to_batch(blocks, filler=blocks[0], pad_token_id=self._pad, layout=self._layout, device=device)
         return _Batch(False, tensors, torch.tensor(rows, device=device), counts)

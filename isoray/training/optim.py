@@ -168,7 +168,7 @@ class EarlyUpdates:
             if sum(p.nbytes for p in ready) >= self._portion:
                 update()
 
-        hooks = [p.register_post_accumulate_grad_hook(take) for p in self._parameters]  # type: ignore[arg-type]
+        hooks = [p.register_post_accumulate_grad_hook(take) for p in self._parameters]  # type: ignore[no-untyped-call]
         try:
             yield found
         finally:

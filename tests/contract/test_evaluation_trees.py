@@ -90,7 +90,8 @@ def test_losses_are_those_of_single_examples(kind: str, attention: str, monkeypa
     got = losses(Parallel(model))
     assert planted[0] > 2
     for name, store in sets.items():
-        assert got[name] == pytest.approx(alone(model, store.blocks), rel=1e-12)
+        # Transformers' eager attention takes its softmax in float32 whatever the model's type.
+        assert got[name] == pytest.approx(alone(model, store.blocks), rel=1e-12 if attention == "sdpa" else 1e-8)
     assert losses(Parallel(model)) == got
 
 
