@@ -55,11 +55,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--examples", type=int, default=256, help="of each training set; the test set stays as it is")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
-    parser.add_argument("--quick", action="store_true", help="a smoke run: small model, 16 examples, one round")
+    parser.add_argument("--quick", action="store_true", help="a smoke run: one round on little")
     parser.add_argument("--save", action="store_true", help="write benchmarks/baselines/untrac.json")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.models, arguments.examples, arguments.rounds = ["small"], 16, 1
+        arguments.contenders = ["isoray", "trainer-cores"]
     found = environment("torch", "transformers", "accelerate", "ray", "numpy")
     show_environment(found)
     results: dict[str, Any] = {"environment": found, "examples": arguments.examples, "models": {}}

@@ -1,0 +1,35 @@
+"""The benchmarks run, and what they compare does agree. Their times are not looked at: other programs run too."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
+
+
+def run(script: str) -> str:
+    command = [sys.executable, str(BENCHMARKS / script), "--quick"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_train_step() -> None:
+    shown = run("train_step.py")
+    assert shown.count("the same bits") == 2
+    rates = re.findall(r"^(trainer|sorted|packed) +([\d,]+) labelled tokens/s", shown, re.MULTILINE)
+    assert [name for name, _ in rates] == ["trainer", "sorted", "packed"]
+    assert all(int(rate.replace(",", "")) > 0 for _, rate in rates)
+
+
+@pytest.mark.timeout(600)
+def test_untrac() -> None:
+    shown = run("untrac.py")
+    assert re.search(r"isoray is [\d.]+ times as fast as trainer-cores", shown)
+    assert "(rounding)" in shown
+    assert re.search(r"^floor +[\d.]+ ", shown, re.MULTILINE)
