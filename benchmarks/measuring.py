@@ -1,4 +1,4 @@
-"""What the benchmarks share: memory and processor time of a process tree, the environment, medians."""
+"""What the benchmarks share: time and memory of a process tree, the environment, the file of results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,6 @@ class Cost(NamedTuple):
     """What a command took, its children included."""
 
     seconds: float
-    cpu_seconds: float
-    """Of the processes that ended before it and were waited for."""
     peak_mb: float
     """Greatest sum of proportional set sizes."""
 
@@ -35,7 +33,7 @@ def run(commands: Sequence[Sequence[str]], *, at_once: int = 1, log: Path, envir
     """Run ``commands``, ``at_once`` side by side; ends this program with their log when one fails."""
     settings = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     waiting, running = list(commands), list[subprocess.Popen[bytes]]()
-    begin, times = time.perf_counter(), os.times()
+    begin = time.perf_counter()
     with log.open("wb") as file, _Peak() as peak:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -49,9 +47,7 @@ def run(commands: Sequence[Sequence[str]], *, at_once: int = 1, log: Path, envir
                     sys.exit(f"{' '.join(child.args)} failed:\n{log.read_text()}")  # type: ignore[arg-type]
             running = [child for child in running if child.poll() is None]
             time.sleep(0.01)
-    seconds, after = time.perf_counter() - begin, os.times()
-    cpu = after.children_user + after.children_system - times.children_user - times.children_system
-    return Cost(seconds, cpu, peak.bytes / 2**20)
+    return Cost(time.perf_counter() - begin, peak.bytes / 2**20)
 
 
 class _Peak:

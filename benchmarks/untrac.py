@@ -13,10 +13,11 @@ every 16th. A model of 6M parameters, and one of 135M (from the package llm-smol
   published settings (batch 1, no gradient clipping, a constant learning rate, evaluation batches of 8 in file order,
   nothing saved), and is better off than the published code where that costs nothing: tokens come ready from a file
   instead of from a tokenizer in the collator, AdamW's fused kernel, no model written at the end, no preprocessing with
-  8 processes. The published scripts start all four processes at once, for several GPUs; on a CPU that has fewer cores
-  they would only disturb each other, so it is run with one process at a time that has all cores, and with one process
-  per core, and compared with the faster one. It evaluates 17 times, as often as the published code (which evaluates
-  the last model twice, and the first one in another program).
+  8 processes. It evaluates 17 times, as often as the published code (which evaluates the last model twice, and the
+  first one in another program). The published scripts start all four processes at once, each with as many threads as
+  it likes, for machines with several GPUs: ``trainer-all`` does so. On a CPU with fewer cores they get in each other's
+  way, so there are also ``trainer-1``, one process at a time that has all cores, and ``trainer-cores``, as many
+  processes as cores with one thread each. Speed and memory are compared with the fastest of the three.
 * ``floor`` is forward, backward and optimizer step alone times their number, and the evaluations' forward passes alone
   at the batch size that is fastest here, in a bare loop: all cores on one set at a time, or a core for each of two
   sets, whichever is faster. Starting up, loading and everything else count nothing.
@@ -113,7 +114,7 @@ def compare(model: str, folder: Path, arguments: argparse.Namespace) -> dict[str
     evaluations = f"{SETS} x {work.evaluations} evaluations of {len(work.test)}"
     print(f"{model}: {work.parameters / 1e6:.1f}M parameters, {SETS} x {arguments.examples} steps, {evaluations}\n")
     outcomes: dict[str, list[Outcome]] = {name: [] for name in arguments.contenders}
-    floors = [measure_floor(work)]
+    floors = [measure_floor(work, quick=arguments.quick)]
     for turn in range(arguments.rounds):
         order = list(outcomes)
         for name in order[turn % len(order) :] + order[: turn % len(order)]:
@@ -121,7 +122,8 @@ def compare(model: str, folder: Path, arguments: argparse.Namespace) -> dict[str
             outcomes[name].append(outcome)
             cost = outcome.cost
             print(f"round {turn + 1}  {name:14} {cost.seconds:8.2f} s  {json.dumps(outcome.details)}", flush=True)
-        floors.append(measure_floor(work))
+        if not arguments.quick:
+            floors.append(measure_floor(work))
     return summarise(work, outcomes, floors)
 
 
@@ -228,15 +230,16 @@ def run_isoray(work: Work, scaling: dict[str, Any]) -> Outcome:
 
 
 def run_trainer(work: Work, at_once: int) -> Outcome:
-    """A process per set, ``at_once`` side by side, which share the cores."""
+    """A process per set, ``at_once`` side by side, which share the cores if there are enough."""
+    share = CORES // at_once
     with tempfile.TemporaryDirectory(dir=work.folder) as name:
         folder = Path(name)
         specs = [
-            write_spec(work, folder / corpus, threads=CORES // at_once, train=rows, eval_batch=8, eval_steps=EVERY)
+            write_spec(work, folder / corpus, threads=share or CORES, train=rows, eval_batch=8, eval_steps=EVERY)
             for corpus, rows in work.train.items()
         ]
         commands = [[sys.executable, str(HERE / "untrac_trainer.py"), str(spec)] for spec in specs]
-        threads = {"OMP_NUM_THREADS": str(CORES // at_once)}
+        threads = {"OMP_NUM_THREADS": str(share or CORES)}
         cost = run(commands, at_once=at_once, log=folder / "log", environment=threads)
         done = {corpus: json.loads((folder / corpus / "out.json").read_text()) for corpus in work.train}
     keys = ("start_seconds", "work_seconds")
@@ -248,6 +251,7 @@ CONTENDERS = {
     "isoray": lambda work: run_isoray(work, {}),
     "isoray-alone": lambda work: run_isoray(work, {"executor": "inprocess"}),
     "trainer-1": lambda work: run_trainer(work, 1),
+    "trainer-all": lambda work: run_trainer(work, SETS),
     "trainer-cores": lambda work: run_trainer(work, CORES),
 }
 
@@ -263,25 +267,26 @@ class Floor:
     at_once: int
 
 
-def measure_floor(work: Work) -> Floor:
+def measure_floor(work: Work, *, quick: bool = False) -> Floor:
     """The faster of: all cores for one set after the other, a core for each of several sets."""
-    return min((floor_at(work, at_once) for at_once in {1, CORES}), key=lambda floor: floor.seconds)
+    ways = {CORES} if quick else {1, CORES}
+    return min((floor_at(work, at_once, quick=quick) for at_once in ways), key=lambda floor: floor.seconds)
 
 
-def floor_at(work: Work, at_once: int) -> Floor:
+def floor_at(work: Work, at_once: int, *, quick: bool) -> Floor:
     """The floor with ``at_once`` sets side by side."""
     with tempfile.TemporaryDirectory(dir=work.folder) as name:
         folder = Path(name)
-        quick = work.parameters < 10**7
+        small = work.parameters < 10**7
         specs = [
             write_spec(
                 work,
                 folder / str(number),
                 threads=CORES // at_once,
                 train=list(work.train.values())[number % SETS],
-                steps=min(128 if quick else 24, len(work.train["set_1"]) - 3),
-                eval_batches=[8, 16, 32, 64, 128] if quick else [16, 32, 64],
-                repeats=5 if quick else 1,
+                steps=min(128 if small else 24, len(work.train["set_1"]) - 3),
+                eval_batches=[32] if quick else [16, 32, 64],
+                repeats=3 if small and not quick else 1,
             )
             for number in range(at_once)
         ]
@@ -311,16 +316,15 @@ def summarise(work: Work, outcomes: dict[str, list[Outcome]], floors: list[Floor
         name: {
             "seconds": statistics.median(outcome.cost.seconds for outcome in found),
             "each": [round(outcome.cost.seconds, 2) for outcome in found],
-            "cpu_seconds": statistics.median(outcome.cost.cpu_seconds for outcome in found),
             "peak_mb": statistics.median(outcome.cost.peak_mb for outcome in found),
             "details": found[-1].details,
         }
         for name, found in outcomes.items()
     }
-    print(f"\n{'':14} {'median s':>9} {'cpu s':>8} {'peak MB':>8} {'x floor':>8}")
+    print(f"\n{'':14} {'median s':>9} {'peak MB':>8} {'x floor':>8}")
     for name, row in table.items():
         row["times_floor"] = row["seconds"] / floor.seconds
-        figures = f"{row['seconds']:9.2f} {row['cpu_seconds']:8.1f} {row['peak_mb']:8.0f} {row['times_floor']:8.2f}"
+        figures = f"{row['seconds']:9.2f} {row['peak_mb']:8.0f} {row['times_floor']:8.2f}"
         print(f"{name:14} {figures}")
     what = f"{floor.step_seconds * 1e3:.1f} ms a step, {floor.evaluation_seconds:.3f} s an evaluation"
     how = f"in batches of {floor.evaluation_batch}, {floor.at_once} at once"

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = [pytest.mark.cluster, pytest.mark.slow]
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -19,6 +21,7 @@ def run(script: str) -> str:
     return done.stdout
 
 
+@pytest.mark.timeout(600)
 def test_train_step() -> None:
     shown = run("train_step.py")
     assert shown.count("the same bits") == 2
