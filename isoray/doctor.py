@@ -18,8 +18,9 @@ from rich.console import Console
 from rich.markup import escape
 
 from isoray import __version__
-from isoray.cluster import connect, local_resources
+from isoray.cluster import connect
 from isoray.errors import UserError
+from isoray.scaling import local_resources
 
 if TYPE_CHECKING:
     import torch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,8 @@ import torch
 from torch import distributed
 
 from isoray.errors import DataError, InfraError, IsorayError, NumericError, PolicyError, UserError
-from isoray.training.lanes import Rank
+from isoray.scaling import Placement, ScalingConfig
+from isoray.training.lanes import Job, JobRecord, LaneEvent, OpenBench, Rank, open_lanes
 
 ERRORS: dict[str, type[Exception]] = {
     kind.__name__: kind for kind in (NumericError, DataError, UserError, PolicyError, InfraError, KeyError)
@@ -141,3 +142,18 @@ class Returns:
 
 def walks(count: int, **fields: Any) -> list[Walk]:
     return [Walk(f"walk-{i}", seed=i, cost=float(i), **fields) for i in range(count)]
+
+
+def run_jobs(
+    jobs: Sequence[Job],
+    *,
+    open_bench: OpenBench,
+    placement: Placement,
+    scaling: ScalingConfig,
+    results: Path,
+    bench_digest: str = "",
+    on_event: Callable[[LaneEvent], None] | None = None,
+) -> dict[str, JobRecord]:
+    """``open_lanes`` and one ``run``."""
+    with open_lanes(open_bench, placement=placement, scaling=scaling) as lanes:
+        return lanes.run(jobs, results=results, bench_digest=bench_digest, on_event=on_event)

@@ -14,6 +14,7 @@ from isoray.attribution.eigenpairs import Eigenpairs
 from isoray.attribution.plan import Plan
 from isoray.corpora.store import BlockStore
 from isoray.training.lane_jobs import JobRecord
+from isoray.training.phases import Trained
 
 Row = dict[str, Any]
 Records = Mapping[str, JobRecord]
@@ -181,6 +182,18 @@ def seconds_of(plan: Plan, records: Records) -> dict[str, float]:
 
 def _seconds(records: Records, prefix: str, *, containing: str = "") -> float:
     return round(sum(r.seconds for key, r in records.items() if key.startswith(prefix) and containing in key), 3)
+
+
+def training_phase(training: Trained) -> Row:
+    """The row of table ``phases`` for the training of the model."""
+    return {
+        "phase": "training",
+        "jobs": 1,
+        "seconds": training.seconds,
+        "worker_seconds": training.seconds * training.workers,
+        "peak_memory_mb": training.peak_memory_mb,
+        "reused": int(training.reused),
+    }
 
 
 def phase_row(name: str, records: Records, *, seconds: float) -> Row:

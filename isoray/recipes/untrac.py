@@ -32,7 +32,7 @@ from isoray.attribution.deviations import deviations
 from isoray.attribution.jobs import VectorJob
 from isoray.attribution.plan import Plan, milestone
 from isoray.attribution.workbench import OpenWorkbench
-from isoray.cluster import Placement, ScalingConfig, connect, local_resources, plan, plan_training
+from isoray.cluster import connect
 from isoray.config.base import Component, Config, Slot, digest_of
 from isoray.corpora.build import Built, build
 from isoray.corpora.config import CorporaConfig
@@ -40,16 +40,18 @@ from isoray.corpora.sample import inputs_of, iterate_text
 from isoray.errors import DataError
 from isoray.evaluation.likelihood import StoreLosses
 from isoray.models.config import ModelConfig
+from isoray.models.folders import parameter_count
 from isoray.models.load import check, prepare, weights_digest
 from isoray.objectives.lm import LanguageModelling
-from isoray.progress import Phase
 from isoray.recipes.base import Recipe
-from isoray.run import Run, read_step
+from isoray.run import Run
+from isoray.scaling import Placement, Resources, ScalingConfig, local_resources, plan, plan_training
 from isoray.training.config import ComputeConfig, TrainingConfig
-from isoray.training.fit import Fit, read_log
-from isoray.training.lane_jobs import Job, JobRecord, LaneEvent, ResultFiles, job_digest
-from isoray.training.lanes import Lanes, open_lanes
-from isoray.training.launch import launch
+from isoray.training.fit import Fit
+from isoray.training.lane_jobs import Job, JobRecord, ResultFiles, job_digest
+from isoray.training.lanes import open_lanes
+from isoray.training.memory import worker_bytes
+from isoray.training.phases import LOG, Trained, run_phase, train_once
 
 VariantName = Annotated[str, StringConstraints(pattern=r"^[\w-]+$")]
 
@@ -136,10 +138,11 @@ class UnTrac(Recipe):
         check(config.model)
         with _workers(config, run) as workers:
             start, corpora = self._prepare(run, workers)
-            trained = self._train(run, workers, start, corpora)
-            plan = self._plan(run, trained, corpora)
-            records, phases = self._attribute(run, workers, start, trained, plan)
-        self._finish(run, trained, plan, records, phases)
+            training = self._train(run, workers, start, corpora)
+            plan = self._plan(run, training, corpora)
+            model = training.model if training is not None else start
+            records, phases = self._attribute(run, workers, {"trained": model, "init": start}, plan)
+        self._finish(run, training, plan, records, phases)
 
     def _prepare(self, run: Run, workers: _Workers) -> tuple[Path, Built]:
         """The starting model (with a tokenizer trained on the corpora where it has none) and the packed corpora."""
@@ -155,7 +158,7 @@ class UnTrac(Recipe):
                 start,
                 run.folder / "corpora",
                 executor="inprocess" if config.scaling.executor == "inprocess" else "auto",
-                workers=workers.cores,
+                workers=workers.resources.cpus,
             )
             phase.done()
         for store in (*built.train, *built.test):
@@ -163,67 +166,41 @@ class UnTrac(Recipe):
                 raise DataError(f"corpus {store.name!r} has no blocks: its files or filters leave nothing.")
         return start, built
 
-    def _train(self, run: Run, workers: _Workers, start: Path, corpora: Built) -> _Trained:
-        """The model trained on all corpora, by Ray Train; the given model where there is no training."""
+    def _train(self, run: Run, workers: _Workers, start: Path, corpora: Built) -> Trained | None:
+        """The model trained on all corpora; None where it is given."""
         config = self.config
         training = config.training
         if training is None:
-            return _Trained(start, [], [], [])
+            return None
         tracin = config.baselines.tracin
         every = tracin.checkpoint_every if tracin is not None else None
+        train, test = ([store.digest for store in stores] for stores in (corpora.train, corpora.test))
         inputs = [
-            [
-                weights_digest(start),
-                [store.digest for store in corpora.train],
-                [store.digest for store in corpora.test],
-            ],
-            [config.training, config.objective, _options(config), config.seed, every, config.loss],
+            [weights_digest(start), train, test],
+            [training, config.objective, _options(config), config.seed, every, config.loss],
         ]
+        losses = StoreLosses(
+            tuple(store.folder for store in corpora.test), config.compute.evaluation_batch_tokens, config.loss
+        )
 
-        def work(folder: Path) -> dict[str, Any]:
-            log = folder / "metrics.jsonl"
-            fit = Fit(
+        def fit(folder: Path) -> Fit:
+            return Fit(
                 start=start,
                 out=folder,
                 options=config.model,
                 corpora=tuple(store.folder for store in corpora.train),
-                evaluator=StoreLosses(
-                    tuple(store.folder for store in corpora.test), config.compute.evaluation_batch_tokens, config.loss
-                ),
+                evaluator=losses,
                 objective=config.objective,
                 training=training,
                 compute=config.compute,
                 seed=config.seed,
-                log=log,
+                log=folder / LOG,
                 milestone_every=every,
             )
-            with run.phase("training", jobs=1) as phase:
-                return launch(
-                    fit,
-                    placement=workers.training,
-                    scaling=config.scaling,
-                    scratch=run.folder / ".ray-train",
-                    on_tick=lambda: _show(phase, log),
-                )
 
-        reused = run.is_done("training", inputs)
-        result = run.step("training", inputs, work, resumable=True)
-        folder = run.step_folder("training")
-        kept = [int(path.name.removeprefix("step-")) for path in sorted(folder.glob("step-*"))]
-        log = read_log(folder / "metrics.jsonl")
-        marker = read_step(folder)
-        assert marker is not None
-        phase = {
-            "phase": "training",
-            "jobs": 1,
-            "seconds": marker["seconds"],
-            "worker_seconds": marker["seconds"] * workers.training.workers,
-            "peak_memory_mb": max((row["peak_memory_mb"] or 0.0 for row in log), default=None),
-            "reused": int(reused),
-        }
-        return _Trained(folder / "model", [step for step in kept if step < result["step"]], log, [phase])
+        return train_once(run, "training", fit, inputs=inputs, placement=workers.training(), scaling=config.scaling)
 
-    def _plan(self, run: Run, trained: _Trained, corpora: Built) -> Plan:
+    def _plan(self, run: Run, training: Trained | None, corpora: Built) -> Plan:
         config = self.config
         steps = 0
         if config.training is not None:
@@ -242,21 +219,20 @@ class UnTrac(Recipe):
             training=config.training,
             objective=config.objective,
             steps=steps,
-            milestones=trained.milestones,
+            milestones=training.milestones if training is not None else [],
             scratch=run.folder / "scratch",
         )
 
     def _attribute(
-        self, run: Run, workers: _Workers, start: Path, trained: _Trained, plan: Plan
+        self, run: Run, workers: _Workers, starts: dict[str, Path], plan: Plan
     ) -> tuple[dict[str, JobRecord], list[tables.Row]]:
         """All short jobs, on lanes that hold the model in memory: their records, and what each phase took."""
         config = self.config
         digests = [store.digest for store in (*plan.train, *plan.test)]
-        weights = [weights_digest(trained.model), weights_digest(start)]
+        weights = [weights_digest(folder) for folder in starts.values()]
         digest = digest_of([weights, digests, _options(config), config.loss])
         bench = OpenWorkbench(
-            starts={"trained": trained.model, "init": start}
-            | {milestone(step): run.step_folder("training") / milestone(step) for step in plan.milestones},
+            starts=starts | {milestone(step): starts["trained"].with_name(milestone(step)) for step in plan.milestones},
             options=config.model,
             compute=config.compute,
             train=tuple(store.folder for store in plan.train),
@@ -275,11 +251,12 @@ class UnTrac(Recipe):
             _forget_vectorless(run.folder / "jobs", phases["gradients"] + phases["Hessians"], digest)
         records: dict[str, JobRecord] = {}
         took: list[tables.Row] = []
-        with open_lanes(bench, placement=workers.lanes, scaling=config.scaling) as lanes:
+        placement = workers.lanes(0 if config.compute.parallel == "fsdp" else parameter_count(starts["trained"]))
+        with open_lanes(bench, placement=placement, scaling=config.scaling) as lanes:
             for name, jobs in phases.items():
                 if jobs:
                     clock = time.perf_counter()
-                    found = _do(run, lanes, name, jobs, digest)
+                    found = run_phase(run, lanes, name, jobs, digest=digest)
                     took.append(tables.phase_row(name, found, seconds=time.perf_counter() - clock))
                     records |= found
         return records, took
@@ -297,13 +274,15 @@ class UnTrac(Recipe):
     def _finish(
         self,
         run: Run,
-        trained: _Trained,
+        training: Trained | None,
         plan: Plan,
         records: Mapping[str, JobRecord],
         phases: list[tables.Row],
     ) -> None:
         """Scores, agreement, tables, results."""
         inputs = self._score_inputs(records)
+        if training is not None:
+            phases = [tables.training_phase(training), *phases]
         found = tables.Influence(run.step("scores", inputs, lambda _: tables.influence(plan, records).rows))
         agreement, summary = tables.agreement_tables(found, tables.seconds_of(plan, records))
         run.finish(
@@ -313,13 +292,13 @@ class UnTrac(Recipe):
                 "agreement": agreement,
                 "agreement_summary": summary,
                 "curves": list(tables.curve_rows(plan, records)),
-                "training": list(tables.training_rows(plan, records, trained.log)),
+                "training": list(tables.training_rows(plan, records, training.log if training is not None else [])),
                 "corpora": [
                     tables.corpus_row(store, role)
                     for role, stores in (("train", plan.train), ("test", plan.test))
                     for store in stores
                 ],
-                "phases": trained.phases + phases,
+                "phases": phases,
                 "deviations": list(
                     deviations(
                         untrac=self.config.untrac,
@@ -329,30 +308,33 @@ class UnTrac(Recipe):
                     )
                 ),
             },
-            artifacts={"model": trained.model} if trained.model.is_relative_to(run.folder) else {},
+            artifacts={"model": training.model} if training is not None else {},
         )
         if not self.config.keep_vectors:
             shutil.rmtree(plan.scratch / "vectors", ignore_errors=True)
 
 
 @dataclass(frozen=True)
-class _Trained:
-    """The model under study and how it came about."""
-
-    model: Path
-    milestones: list[int]
-    log: list[tables.Row]
-    phases: list[tables.Row]
-
-
-@dataclass(frozen=True)
 class _Workers:
     """Where trainings and lanes run."""
 
-    training: Placement
-    lanes: Placement
-    cores: int
-    """CPUs that may compute, for reading and tokenising."""
+    scaling: ScalingConfig
+    resources: Resources
+    jobs: int
+    """How many short jobs there are at least."""
+
+    def check(self) -> None:
+        """Raises UserError with the sum when they cannot fit."""
+        self.training()
+        self.lanes()
+
+    def training(self) -> Placement:
+        return plan_training(self.scaling, self.resources)
+
+    def lanes(self, parameters: int = 0) -> Placement:
+        """For a model of so many parameters, where that is known."""
+        memory = worker_bytes(parameters) if parameters else 0
+        return plan(self.scaling, self.resources, jobs=self.jobs, memory=memory)
 
 
 @contextmanager
@@ -362,22 +344,9 @@ def _workers(config: UnTrac.Config, run: Run) -> Iterator[_Workers]:
     inprocess = config.scaling.executor == "inprocess"
     with nullcontext(None) if inprocess else connect(run.address) as cluster:
         resources = local_resources() if cluster is None else cluster.resources()
-        training, lanes = plan_training(config.scaling, resources), plan(config.scaling, resources, jobs=jobs)
-        yield _Workers(training, lanes, resources.cpus)
-
-
-def _do(run: Run, lanes: Lanes, name: str, jobs: list[Job], digest: str) -> dict[str, JobRecord]:
-    """One phase of jobs on the lanes, with its progress shown."""
-    with run.phase(name, jobs=len(jobs)) as phase:
-
-        def show(event: LaneEvent) -> None:
-            if event.kind in ("lane_lost", "lane_waiting"):
-                phase.note(event.message)
-            if event.kind in ("finished", "lane_lost", "lane_waiting"):
-                run.log(phase=name, event=event.kind, job=event.job, lane=event.lane, message=event.message)
-            phase.advance(event.work * len(jobs) - phase.finished, event.job or "")
-
-        return lanes.run(jobs, results=run.folder / "jobs", bench_digest=digest, on_event=show)
+        workers = _Workers(config.scaling, resources, jobs)
+        workers.check()
+        yield workers
 
 
 def _forget_vectorless(results: Path, jobs: list[Job], digest: str) -> None:
@@ -387,13 +356,6 @@ def _forget_vectorless(results: Path, jobs: list[Job], digest: str) -> None:
         stored = files.load(job.key, job_digest(job, digest))
         if isinstance(job, VectorJob) and (stored is None or not job.written()):
             (results / f"{job.key}.json").unlink(missing_ok=True)
-
-
-def _show(phase: Phase, log: Path) -> None:
-    """Advances the phase of a single training to where its log is."""
-    rows = read_log(log)
-    if rows:
-        phase.advance(rows[-1]["step"] / rows[-1]["of"] - phase.finished, f"step {rows[-1]['step']}")
 
 
 def _options(config: UnTrac.Config) -> dict[str, Any]:

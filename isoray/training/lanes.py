@@ -20,8 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from isoray.cluster import Placement, ScalingConfig
 from isoray.errors import InfraError
+from isoray.scaling import Placement, ScalingConfig
 from isoray.training.lane_jobs import Job, JobQueue, JobRecord, LaneEvent
 from isoray.training.lane_worker import Done, Failed, InProcess, LaneWorker, OpenBench, Rank, Seat
 
@@ -37,7 +37,7 @@ minute in which Ray gives up a node that does not answer."""
 STACKS_S = 5.0
 """How long a hung worker may take to say where it stands."""
 
-__all__ = ["Job", "JobRecord", "LaneEvent", "Lanes", "OpenBench", "Rank", "open_lanes", "run_jobs"]
+__all__ = ["Job", "JobRecord", "LaneEvent", "Lanes", "OpenBench", "Rank", "open_lanes"]
 
 
 class Lanes(Protocol):
@@ -74,21 +74,6 @@ def open_lanes(open_bench: OpenBench, *, placement: Placement, scaling: ScalingC
         yield pool
     finally:
         pool.close()
-
-
-def run_jobs(
-    jobs: Sequence[Job],
-    *,
-    open_bench: OpenBench,
-    placement: Placement,
-    scaling: ScalingConfig,
-    results: Path,
-    bench_digest: str = "",
-    on_event: Callable[[LaneEvent], None] | None = None,
-) -> dict[str, JobRecord]:
-    """:func:`open_lanes` and one :meth:`Lanes.run`."""
-    with open_lanes(open_bench, placement=placement, scaling=scaling) as lanes:
-        return lanes.run(jobs, results=results, bench_digest=bench_digest, on_event=on_event)
 
 
 @dataclass

@@ -21,8 +21,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from isoray.cluster import Placement, ScalingConfig
 from isoray.errors import InfraError
+from isoray.scaling import Placement, ScalingConfig
 from isoray.training.lane_worker import Failed, failed
 from isoray.training.parallel import Ranks
 

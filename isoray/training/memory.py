@@ -18,6 +18,17 @@ def peak_memory_mb(device: torch.device) -> float:
     return peak / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+BYTES_PER_PARAMETER = 20
+"""fp32 weights, gradients, two moments of Adam and a copy to go back to."""
+LIBRARIES_BYTES = 2**30
+"""What a worker's process holds before it has a model."""
+
+
+def worker_bytes(parameters: int) -> int:
+    """About what a CPU worker that trains a model of so many parameters holds: to plan with, not a bound."""
+    return LIBRARIES_BYTES + BYTES_PER_PARAMETER * parameters
+
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 """Options of glibc's ``mallopt``, from ``malloc.h``."""
 

@@ -11,12 +11,13 @@ from typing import Any
 
 import pytest
 
-from isoray.cluster import Cluster, ScalingConfig, connect, local_resources, plan
+from isoray.cluster import Cluster, connect
 from isoray.errors import InfraError
-from isoray.training.lanes import JobRecord, LaneEvent, run_jobs
+from isoray.scaling import ScalingConfig, local_resources, plan
+from isoray.training.lanes import JobRecord, LaneEvent
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lane_doubles import MakeBench, walks
+from lane_doubles import MakeBench, run_jobs, walks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 

@@ -15,12 +15,13 @@ from typing import Any
 import psutil
 import pytest
 
-from isoray.cluster import Cluster, ScalingConfig, connect, local_resources, plan
+from isoray.cluster import Cluster, connect
 from isoray.errors import InfraError
-from isoray.training.lanes import JobRecord, LaneEvent, run_jobs
+from isoray.scaling import ScalingConfig, local_resources, plan
+from isoray.training.lanes import JobRecord, LaneEvent
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lane_doubles import MakeBench, Walk, walks
+from lane_doubles import MakeBench, Walk, run_jobs, walks
 
 pytestmark = [pytest.mark.cluster, pytest.mark.chaos]
 
@@ -165,9 +166,9 @@ DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from isoray.cluster import ScalingConfig, connect, plan
-from isoray.training.lanes import run_jobs
-from lane_doubles import MakeBench, walks
+from isoray.cluster import connect
+from isoray.scaling import ScalingConfig, plan
+from lane_doubles import MakeBench, run_jobs, walks
 folder = Path(sys.argv[1])
 config = ScalingConfig(lanes=2, cpus_per_worker=1)
 with connect(cores=2) as cluster:

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 
-from isoray.cluster import Cluster, ScalingConfig, connect, local_resources, plan
+from isoray.cluster import Cluster, connect
 from isoray.errors import DataError, InfraError, IsorayError, NumericError, UserError
+from isoray.scaling import ScalingConfig, local_resources, plan
 from isoray.training.lane_jobs import job_digest
-from isoray.training.lanes import Job, JobRecord, LaneEvent, open_lanes, run_jobs
+from isoray.training.lanes import Job, JobRecord, LaneEvent, open_lanes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from lane_doubles import Dies, MakeBench, Raises, RaisesUnpicklable, Returns, Walk, walks
+from lane_doubles import Dies, MakeBench, Raises, RaisesUnpicklable, Returns, Walk, run_jobs, walks
 
 pytestmark = pytest.mark.cluster
 

@@ -16,8 +16,9 @@ from launched import Dies, Raises, Trains
 from trainings import in_processes, run_ranks
 from untrac_runs import BOUND_S, Gate, gone, wait_until
 
-from isoray.cluster import Cluster, ScalingConfig, connect, plan_training
+from isoray.cluster import Cluster, connect
 from isoray.errors import InfraError, NumericError
+from isoray.scaling import ScalingConfig, plan_training
 from isoray.training.launch import launch
 
 pytestmark = pytest.mark.cluster

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from isoray.cluster import Node, Placement, Resources, ScalingConfig, local_resources, plan, plan_training
 from isoray.errors import UserError
+from isoray.scaling import Node, Placement, Resources, ScalingConfig, local_resources, plan, plan_training
 
 TWO_CORES = Resources((Node("a", 2),))
 TWO_NODES = Resources((Node("a", 3), Node("b", 3)))
@@ -94,6 +94,25 @@ def test_fractions_of_a_gpu_are_not_added_up_over_gpus() -> None:
     assert two.slots(1, 0.5) == 4
     assert two.slots(1, 1 / 3) == 6
     assert two.slots(1, 2.0) == 1
+
+
+GIB = 2**30
+
+
+@pytest.mark.parametrize(
+    ("memory", "scaling", "lanes"),
+    [
+        (2 * GIB, {}, 8),
+        (5 * GIB, {}, 3),
+        (5 * GIB, {"workers_per_lane": 2}, 1),
+        (100 * GIB, {}, 1),  # an estimate refuses nothing
+        (5 * GIB, {"lanes": 8}, 8),  # nor does it overrule what was asked for
+    ],
+)
+def test_auto_opens_no_more_lanes_than_memory_holds(memory: int, scaling: dict[str, Any], lanes: int) -> None:
+    placement = plan(ScalingConfig(**scaling), Resources((Node("a", 8, memory=16 * GIB),)), memory=memory)
+    assert placement.lanes == lanes
+    assert placement.cpus == 8 // (lanes * placement.workers)
 
 
 def test_an_empty_cluster_is_refused_and_not_divided_by() -> None:
