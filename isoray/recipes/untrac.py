@@ -122,6 +122,12 @@ class UnTrac(Recipe):
                 raise ValueError(
                     f"corpora.length ({self.corpora.length}) exceeds model.create.context ({self.model.create.context})"
                 )
+            sharded = self.compute.parallel == "fsdp" and self.scaling.workers_per_lane > 1
+            if sharded and any(dict(self.baselines).values()):
+                raise ValueError(
+                    "`baselines` take gradients of a whole model, but compute.parallel is `fsdp`, which shards it over "
+                    "scaling.workers_per_lane; use `ddp`, one worker per lane, or set the baselines to null"
+                )
             if self.training is None:
                 for name, wanted in (("truth", self.truth), ("baselines.tracin", self.baselines.tracin)):
                     if wanted is not None:

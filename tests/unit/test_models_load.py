@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from isoray.errors import DataError, UserError
 from isoray.models.config import AdapterConfig, CreateConfig, LoadOptions, ModelConfig, TokenizerConfig
-from isoray.models.folders import whole_folder
+from isoray.models.folders import parameter_count, whole_folder
 from isoray.models.load import LoadedModel, load, prepare, save, weights_digest
 
 TEXTS = ["the cat sees the dog and the dog sees the cat\n"] * 4
@@ -52,6 +52,10 @@ def test_create_load_save_load(architecture: str, layout: str, tmp_path: Path) -
     assert second.tokenizer.backend_tokenizer.to_str() == first.tokenizer.backend_tokenizer.to_str()
     assert second.tokenizer.special_tokens_map == first.tokenizer.special_tokens_map
     assert weights_digest(tmp_path / "saved") == weights_digest(folder)
+
+
+def test_parameters_are_counted_from_the_files_alone(folder: Path) -> None:
+    assert parameter_count(folder) == sum(parameter.numel() for parameter in load(folder).model.parameters())
 
 
 def test_preparing_again_does_nothing(tmp_path: Path) -> None:
