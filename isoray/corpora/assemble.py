@@ -201,9 +201,8 @@ def _nothing_left(plan: CorpusPlan, reports: Mapping[int, TaskReport], selection
     sampled = sum(selection.sampled_out.values())
     hint = ""
     if filtered == rows and rows:
-        hint = (
-            f": does `where: {plan.corpus.where}` name a value that is there, and do min_chars and max_chars allow any?"
-        )
+        where = f"does `where: {plan.corpus.where}` name a value that is there, and " if plan.corpus.where else ""
+        hint = f": {where}do min_chars and max_chars allow any?"
     elif sampled:
         hint = ": max_tokens is smaller than every document"
     return (

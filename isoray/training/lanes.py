@@ -12,6 +12,7 @@ thing again does only what is missing. What fails is told apart at its source:
 
 from __future__ import annotations
 
+import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -210,7 +211,7 @@ class _Pool:
                 cause: Exception = error.as_instanceof_cause()  # type: ignore[no-untyped-call]
                 raise cause from None
             except ray.exceptions.RayError as error:
-                self._lose(lane, _first_line(error))
+                self._lose(lane, _death(error))
                 continue
             rank = lane.calls.pop(ref)
             if isinstance(reply, Failed):
@@ -297,7 +298,7 @@ class _Pool:
             try:
                 texts.append(ray.get(call) if call in ready else "a worker did not answer")
             except ray.exceptions.RayError as error:
-                texts.append(_first_line(error))
+                texts.append(_death(error))
         self._queue.files.save_failure(lane.job.key if lane.job else f"open-lane-{lane.index}", "\n\n".join(texts))
 
     def _lose(self, lane: _Lane, cause: str) -> None:
@@ -355,7 +356,9 @@ def _free() -> str:
     return f"free now: {free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
 
 
-def _first_line(error: Exception) -> str:
-    """What Ray says about a death, without its general advice."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines)
+def _death(error: Exception) -> str:
+    """What Ray says about a worker's death, without its general advice."""
+    facts = dict(re.findall(r"^\s+(pid|ip): (\S+)$", str(error), re.MULTILINE))
+    last = str(error).strip().splitlines()[-1]
+    told = re.split(r"\.? (?:Some common causes|There are some potential root causes)", last)[0].rstrip(".")
+    return told + (f" (process {facts['pid']} on {facts['ip']})" if len(facts) == 2 else "")
