@@ -67,8 +67,7 @@ class Evaluate:
 
     def run(self, bench: Workbench) -> dict[str, Any]:
         """``{"losses": {test: loss}}``."""
-        parallel = bench.start(self.start)
-        return {"losses": bench.losses(bench.test)(parallel)}
+        return {"losses": bench.losses_at(self.start, bench.test)}
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ class Unlearn:
         watched: Mapping[str, Blocks] = corpora if self.inverse else bench.test
         forget = bench.test[self.forget] if self.inverse else corpora[self.forget]
         batch_size = min(self.training.batch_size, len(forget))
-        curve: list[dict[str, Any]] = []
+        curve: list[dict[str, Any]] = [{"step": 0, "losses": bench.losses_at("trained", watched)}]
         for step in train(
             bench.start("trained"),
             GradientAscent(GradientAscent.Config(average=bench.average)),
@@ -176,7 +175,6 @@ class Unlearn:
             pad_token_id=bench.pad_token_id,
             layout=bench.layout,
             evaluator=bench.losses(watched),
-            evaluate_first=True,
         ):
             bench.progress(step.step / step.total)
             if step.evaluation is not None:

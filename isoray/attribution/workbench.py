@@ -21,6 +21,12 @@ from isoray.training.config import ComputeConfig
 from isoray.training.lanes import Rank
 from isoray.training.parallel import Parallel, Ranks
 
+EVALUATORS = 4
+"""How many evaluators a workbench keeps: each holds its sets laid out, some 30 bytes a token."""
+
+Digests = tuple[tuple[str, str], ...]
+"""Names and contents of sets."""
+
 
 @dataclass(frozen=True)
 class OpenWorkbench:
@@ -58,6 +64,8 @@ class Workbench:
         self.test = {store.name: store for store in map(BlockStore.open, plan.test)}
         self._plan = plan
         self._snapshots: dict[str, Snapshot] = {}
+        self._evaluators: dict[Digests, SetLosses] = {}
+        self._losses_at: dict[tuple[str, Digests], dict[str, float]] = {}
         self.ranks = Ranks(rank.rank, rank.world, torch.device(rank.device))
         self._open(next(iter(plan.starts)))
 
@@ -87,15 +95,27 @@ class Workbench:
         self._tell(self._fraction)
 
     def losses(self, sets: Mapping[str, Blocks]) -> SetLosses:
-        """An evaluator of ``sets``."""
-        return SetLosses(
-            sets,
-            pad_token_id=self.pad_token_id,
-            layout=self._loaded.layout,
-            ranks=self.ranks,
-            average=self.average,
-            max_tokens=self.compute.evaluation_batch_tokens,
-        )
+        """An evaluator of ``sets``; the same one where an earlier job watched them."""
+        digests = _digests(sets)
+        if digests not in self._evaluators:
+            if len(self._evaluators) == EVALUATORS:
+                del self._evaluators[next(iter(self._evaluators))]
+            self._evaluators[digests] = SetLosses(
+                sets,
+                pad_token_id=self.pad_token_id,
+                layout=self._loaded.layout,
+                ranks=self.ranks,
+                average=self.average,
+                max_tokens=self.compute.evaluation_batch_tokens,
+            )
+        return self._evaluators[digests]
+
+    def losses_at(self, start: str, sets: Mapping[str, Blocks]) -> dict[str, float]:
+        """Losses of ``sets`` at the weights of ``start``: the first point of every curve from there, computed once."""
+        key = (start, _digests(sets))
+        if key not in self._losses_at:
+            self._losses_at[key] = self.losses(sets)(self.start(start))
+        return dict(self._losses_at[key])
 
     def batches(self, blocks: Sequence[Block] | Blocks, *, rows: int, share: bool) -> Iterator[dict[str, Tensor]]:
         """``blocks`` in length-sorted micro-batches of at most ``rows`` rows, on this worker's device.
@@ -133,3 +153,7 @@ class Workbench:
         self.parallel = Parallel(model, self.ranks, self.compute)
         self._snapshots = {name: Snapshot(model, self._plan.starts[name])}
         self._opened = name
+
+
+def _digests(sets: Mapping[str, Blocks]) -> Digests:
+    return tuple((name, blocks.digest) for name, blocks in sets.items())

@@ -37,7 +37,7 @@ class Step:
     """What one optimizer step reports. Fields beside ``step`` and ``total`` are filled when they were measured."""
 
     step: int
-    """Optimizer steps taken so far (1 after the first); 0 is the state before training."""
+    """Optimizer steps taken so far: 1 after the first."""
     total: int
     loss: float | None = None
     """The objective of this step's batch, before the update."""
@@ -62,7 +62,6 @@ def train(
     layout: Layout = "causal",
     reference: nn.Module | None = None,
     evaluator: Evaluator | None = None,
-    evaluate_first: bool = False,
     checkpoints: Checkpoints | None = None,
     pause_every: int | None = None,
 ) -> Iterator[Step]:
@@ -70,7 +69,6 @@ def train(
 
     Args:
         streams: a stream of blocks for each of the objective's roles.
-        evaluate_first: also evaluate the state before the first step.
         pause_every: yield at least every so many steps, so that the caller can look at the model between them.
 
     Raises:
@@ -88,8 +86,6 @@ def train(
     start = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
         start = checkpoints.load(latest, parallel.model, optimizer)
-    if evaluator is not None and evaluate_first and start == 0:
-        yield Step(0, total, evaluation=evaluator(parallel))
 
     def due(every: int | None, step: int) -> bool:
         return every is not None and (step + 1) % every == 0
