@@ -137,7 +137,7 @@ class LaneWorker:
         self._progress(0.0)
         started = time.perf_counter()
         try:
-            result = job.run(self._bench)
+            result = _run(job, self._bench)
             plain = as_json(job.key, result) if self._rank.rank == 0 else None
         except Exception as error:  # noqa: BLE001 - the worker's entry
             return failed(error)
@@ -172,6 +172,15 @@ def _prepare_torch(*, threads: int, gpus: float) -> str:
         return "cpu"
     torch.cuda.set_device(0)  # Ray shows a worker only its own GPUs
     return "cuda:0"
+
+
+def _run(job: Job, bench: Any) -> Mapping[str, Any]:
+    """What the job returns. An IsorayError that it raises says which job it was."""
+    try:
+        return job.run(bench)
+    except IsorayError as error:
+        error.args = (f"job {job.key}: {error}",)
+        raise
 
 
 def as_json(key: str, result: Mapping[str, Any]) -> dict[str, Any]:
@@ -254,7 +263,7 @@ class InProcess:
             self._opened = True
         queue.started(job, lane=0)
         started = time.perf_counter()
-        result = as_json(job.key, job.run(self._bench))
+        result = as_json(job.key, _run(job, self._bench))
         seconds = time.perf_counter() - started
         peak = peak_memory_mb(torch.device(self._device))
         queue.finish(job, result=result, seconds=seconds, peak_memory_mb=peak, lane=0)

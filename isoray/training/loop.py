@@ -230,8 +230,8 @@ class _Guard:
             )
         if not torch.isfinite(norm):
             raise NumericError(
-                f"step {step + 1}: the gradient's norm is {value}. Lower training.optimizer.lr, set "
-                "training.clip_norm, or use precision fp32; the last checkpoint is kept."
+                f"step {step + 1}: the gradient's norm is {value}. Lower its optimizer.lr, set its "
+                "clip_norm, or use precision fp32; the last checkpoint is kept."
             )
         return norm
 
@@ -257,8 +257,8 @@ class _Guard:
         for name, value in means.items():
             if not torch.isfinite(torch.tensor(value)):
                 raise NumericError(
-                    f"step {step + 1}: the term {name!r} is {value}. Lower training.optimizer.lr or set "
-                    "training.clip_norm; the last checkpoint is kept."
+                    f"step {step + 1}: the term {name!r} is {value}. Lower its optimizer.lr or set its "
+                    "clip_norm; the last checkpoint is kept."
                 )
         return means
 

@@ -128,11 +128,11 @@ def test_the_costliest_jobs_are_started_first_and_events_add_up(ray: Cluster, tm
     ("scaling", "kind"),
     [(INPROCESS, NumericError), (INPROCESS, UserError), (ONE, NumericError), (TWO, DataError), (PAIR, InfraError)],
 )
-def test_our_errors_come_out_as_they_were_raised(
+def test_our_errors_come_out_as_they_were_raised_with_the_job_they_came_from(
     ray: Cluster, tmp_path: Path, scaling: dict[str, Any], kind: type[IsorayError]
 ) -> None:
     jobs: list[Job] = [Raises("bad", kind.__name__), *walks(2)]
-    with pytest.raises(kind, match=r"^what bad says$") as raised:
+    with pytest.raises(kind, match=r"^job bad: what bad says$") as raised:
         do(jobs, tmp_path, scaling)
     assert type(raised.value) is kind
     if scaling is not INPROCESS:
