@@ -57,7 +57,8 @@ def run(
     folder = lasting(out or default_folder(loaded))
     with Run.open(folder, loaded.config, recipe=loaded.recipe.kind, address=address) as opened:
         typer.echo(f"run {loaded.config.digest()} in {folder}", err=True)
-        Recipe.build(loaded.config).run(opened)
+        with _told_when_interrupted():
+            Recipe.build(loaded.config).run(opened)
         report_file = build(opened.folder)
     _print_results(opened.folder)
     typer.echo(f"report: {report_file}")
@@ -122,6 +123,15 @@ def border() -> Iterator[None]:
         if told is None:
             raise
         _leave(told, told.exit_status)
+
+
+@contextmanager
+def _told_when_interrupted() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted: what is finished is kept; run the same command again to go on", file=sys.stderr, flush=True)
+        raise
 
 
 def _leave(error: IsorayError, status: int) -> None:

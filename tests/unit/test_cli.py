@@ -98,6 +98,7 @@ def test_an_interrupt_is_status_130() -> None:
     done = run_isoray("run", "toy.yaml", "fail=interrupt")
     assert done.returncode == 130
     assert "Traceback" not in done.stderr
+    assert "run the same command again" in done.stderr
 
 
 @pytest.mark.parametrize(
