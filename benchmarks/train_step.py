@@ -269,7 +269,7 @@ def our_chunk(blocks: list[Block], rows: int, steps: int) -> Iterator[tuple[floa
     texts = Texts("texts", blocks)
     stream = BlockStream([texts], batch_size=rows, seed=0)
     training = TrainingConfig(steps=steps + 1, batch_size=rows, optimizer=AdamConfig(lr=LR), log_every=10**9)
-    parallel = Parallel(make(SMALL), compute=ComputeConfig(micro_batch_tokens=1024))
+    parallel = Parallel(make(SMALL), compute=ComputeConfig())
     objective = LanguageModelling(LanguageModelling.Config())
     ours = train(parallel, objective, {"train": stream}, training, seed=0, pad_token_id=0, pause_every=1)
     clock = Clock()

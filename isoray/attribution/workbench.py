@@ -106,7 +106,7 @@ class Workbench:
                 layout=self._loaded.layout,
                 ranks=self.ranks,
                 average=self.average,
-                max_tokens=self.compute.evaluation_batch_tokens,
+                max_tokens=self.compute.evaluation_tokens(self.ranks.device.type),
             )
         return self._evaluators[digests]
 
@@ -124,7 +124,8 @@ class Workbench:
         """
         lengths = np.array([len(blocks[row].input_ids) for row in range(len(blocks))])
         world, rank = (self.ranks.world, self.ranks.rank) if share else (1, 0)
-        for chosen in cut(lengths, world=world, max_tokens=self.compute.micro_batch_tokens, max_rows=rows)[rank]:
+        tokens = self.compute.training_tokens(self.ranks.device.type)
+        for chosen in cut(lengths, world=world, max_tokens=tokens, max_rows=rows)[rank]:
             loaded = [None if row is None else blocks[row] for row in chosen]
             yield to_batch(
                 loaded,

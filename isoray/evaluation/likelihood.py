@@ -18,10 +18,8 @@ from isoray.evaluation.trees import to_batch as tree_batch
 from isoray.models.load import LoadedModel
 from isoray.objectives.reduce import row_nll, tree_nll
 from isoray.training.batching import Layout, to_batch
+from isoray.training.config import ComputeConfig
 from isoray.training.parallel import Parallel, Ranks
-
-CPU_TOKENS = 1024
-"""On a CPU, batches with more tokens are slower: their activations leave the cache."""
 
 
 class SetLosses:
@@ -51,7 +49,7 @@ class SetLosses:
         self._names = list(sets)
         self._average = average
         self._pad, self._layout = pad_token_id, layout
-        self._max_tokens = min(max_tokens, CPU_TOKENS) if self._ranks.device.type == "cpu" else max_tokens
+        self._max_tokens = max_tokens
         for name, store in sets.items():
             if not int(np.asarray(store.label_counts).sum()):
                 raise DataError(f"evaluation set {name!r} has no labelled token; check its columns and `length`.")
@@ -128,7 +126,7 @@ class StoreLosses:
     """Makes a :class:`SetLosses` of block stores on a worker; picklable."""
 
     folders: tuple[Path, ...]
-    max_tokens: int
+    compute: ComputeConfig
     average: Literal["example", "token"] = "example"
 
     def __call__(self, loaded: LoadedModel, ranks: Ranks) -> SetLosses:
@@ -141,7 +139,7 @@ class StoreLosses:
             layout=loaded.layout,
             ranks=ranks,
             average=self.average,
-            max_tokens=self.max_tokens,
+            max_tokens=self.compute.evaluation_tokens(ranks.device.type),
         )
 
 

@@ -103,10 +103,9 @@ def load(folder: Path, options: LoadOptions | None = None, *, seed: int = 0) -> 
     """
     options = options or LoadOptions()
     tokenizer = load_tokenizer(folder, trust_remote_code=options.trust_remote_code)
-    if (folder / "adapter_config.json").is_file():
+    if base_of(folder) != folder:
         return _load_adapter(folder, tokenizer, options)
-    with quiet():
-        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    config = read_config(folder, options)
     layout = _layout(config, options, folder)
     if options.dropout is not None:
         _set_dropout(config, options.dropout)
@@ -115,6 +114,26 @@ def load(folder: Path, options: LoadOptions | None = None, *, seed: int = 0) -> 
         assert isinstance(model, PreTrainedModel)
         model = add_adapter(model, options.adapter, seed=seed)
     return LoadedModel(model.eval(), tokenizer, layout)
+
+
+def base_of(folder: Path) -> Path:
+    """``folder`` itself, or of a LoRA adapter's folder that of the model it adapts; UserError if that is not local."""
+    adapter = folder / "adapter_config.json"
+    if not adapter.is_file():
+        return folder
+    base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    location = locate(base, what=f"base model of the adapter in {folder}")
+    if location.kind != "transformers":
+        raise UserError(f"The base model {base} of the adapter in {folder} must be a local Transformers folder.")
+    return location.path
+
+
+def read_config(folder: Path, options: LoadOptions) -> PreTrainedConfig:
+    """The architecture of the model in a Transformers folder."""
+    with quiet():
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=options.trust_remote_code)
+    assert isinstance(config, PreTrainedConfig)
+    return config
 
 
 def save(model: nn.Module, tokenizer: PreTrainedTokenizerFast, folder: Path, *, merge: bool = True) -> None:
@@ -205,11 +224,7 @@ def _load_weights(folder: Path, config: PreTrainedConfig, layout: Layout, option
 
 
 def _load_adapter(folder: Path, tokenizer: PreTrainedTokenizerFast, options: LoadOptions) -> LoadedModel:
-    base = json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"]
-    location = locate(base, what=f"base model of the adapter in {folder}")
-    if location.kind != "transformers":
-        raise UserError(f"The base model {base} of the adapter in {folder} must be a local Transformers folder.")
-    whole = load(location.path, options.model_copy(update={"adapter": None}))
+    whole = load(base_of(folder), options.model_copy(update={"adapter": None}))
     with quiet():
         model = PeftModel.from_pretrained(whole.model, str(folder), is_trainable=True)
     return LoadedModel(model.eval(), tokenizer, whole.layout)

@@ -40,7 +40,6 @@ from isoray.corpora.sample import inputs_of, iterate_text
 from isoray.errors import DataError
 from isoray.evaluation.likelihood import StoreLosses
 from isoray.models.config import ModelConfig
-from isoray.models.folders import parameter_count
 from isoray.models.load import check, prepare, weights_digest
 from isoray.objectives.lm import LanguageModelling
 from isoray.recipes.base import Recipe
@@ -185,9 +184,7 @@ class UnTrac(Recipe):
             [weights_digest(start), train, test],
             [training, config.objective, _options(config), config.seed, every, config.loss],
         ]
-        losses = StoreLosses(
-            tuple(store.folder for store in corpora.test), config.compute.evaluation_batch_tokens, config.loss
-        )
+        losses = StoreLosses(tuple(store.folder for store in corpora.test), config.compute, config.loss)
 
         def fit(folder: Path) -> Fit:
             return Fit(
@@ -257,7 +254,9 @@ class UnTrac(Recipe):
             _forget_vectorless(run.folder / "jobs", phases["gradients"] + phases["Hessians"], digest)
         records: dict[str, JobRecord] = {}
         took: list[tables.Row] = []
-        placement = workers.lanes(0 if config.compute.parallel == "fsdp" else parameter_count(starts["trained"]))
+        sharded = config.compute.parallel == "fsdp"
+        memory = 0 if sharded else worker_bytes(starts["trained"], config.model, config.compute.training_tokens("cpu"))
+        placement = workers.lanes(memory)
         with open_lanes(bench, placement=placement, scaling=config.scaling) as lanes:
             for name, jobs in phases.items():
                 if jobs:
@@ -337,9 +336,8 @@ class _Workers:
     def training(self) -> Placement:
         return plan_training(self.scaling, self.resources)
 
-    def lanes(self, parameters: int = 0) -> Placement:
-        """For a model of so many parameters, where that is known."""
-        memory = worker_bytes(parameters) if parameters else 0
+    def lanes(self, memory: int = 0) -> Placement:
+        """Of workers that need so many bytes each, where that is known."""
         return plan(self.scaling, self.resources, jobs=self.jobs, memory=memory)
 
 

@@ -94,7 +94,7 @@ class MicroBatches:
         plan = cut(
             stream.lengths(refs),
             world=self._ranks.world,
-            max_tokens=self._compute.micro_batch_tokens,
+            max_tokens=self._compute.training_tokens(self._ranks.device.type),
             max_rows=self._compute.micro_batch_rows,
         )
         batches = []

@@ -13,12 +13,13 @@ from isoray.training.optim import AdamConfig, OptimizerConfig, ScheduleConfig
 class ComputeConfig(Config):
     """How the model is computed. Speed and memory only: beyond rounding, no result depends on it (but on bf16)."""
 
-    micro_batch_tokens: PositiveInt = 4096
-    """Most padded tokens of one forward and backward pass of one worker; a larger batch is accumulated."""
+    micro_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most padded tokens of one forward and backward pass of one worker; a larger batch is accumulated. `auto`: 1024 on
+    a CPU, where the activations of more leave the caches and fill the memory; 4096 on a GPU."""
     micro_batch_rows: PositiveInt | None = None
     """Most rows of one pass of one worker, where memory per row matters more than per token."""
-    evaluation_batch_tokens: PositiveInt = 4096
-    """Most padded tokens of one pass without gradients."""
+    evaluation_batch_tokens: PositiveInt | Literal["auto"] = "auto"
+    """Most padded tokens of one pass without gradients. `auto`: 1024 on a CPU, 16384 on a GPU."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """`bf16`: autocast of the forward pass, weights and optimizer stay as they are (needs bf16 units to be fast)."""
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -27,6 +28,18 @@ class ComputeConfig(Config):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool = False
     """`torch.compile` of the transformer blocks."""
+
+    def training_tokens(self, device: str) -> int:
+        """``micro_batch_tokens`` on a device of that type (``cpu``, ``cuda``)."""
+        if self.micro_batch_tokens == "auto":
+            return 1024 if device == "cpu" else 4096
+        return self.micro_batch_tokens
+
+    def evaluation_tokens(self, device: str) -> int:
+        """``evaluation_batch_tokens`` on a device of that type."""
+        if self.evaluation_batch_tokens == "auto":
+            return 1024 if device == "cpu" else 16384
+        return self.evaluation_batch_tokens
 
 
 class TrainingConfig(Config):

@@ -6,8 +6,14 @@ import ctypes
 import functools
 import resource
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
+
+from isoray.models.config import LoadOptions
+from isoray.models.folders import parameter_count
+from isoray.models.load import base_of, read_config
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -24,9 +30,18 @@ LIBRARIES_BYTES = 2**30
 """What a worker's process holds before it has a model."""
 
 
-def worker_bytes(parameters: int) -> int:
-    """About what a CPU worker that trains a model of so many parameters holds: to plan with, not a bound."""
-    return LIBRARIES_BYTES + BYTES_PER_PARAMETER * parameters
+def worker_bytes(folder: Path, options: LoadOptions, tokens: int) -> int:
+    """About what a CPU worker holds that trains the model in ``folder`` on ``tokens`` tokens a pass, in bytes.
+
+    To plan with, not a bound. The activations are those of a transformer in fp32 that keeps all it computes: some ten
+    vectors of the hidden size and four of the feed-forward size per token and layer, and the logits twice.
+    """
+    folder = base_of(folder)
+    config: Any = read_config(folder, options)
+    hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
+    inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
+    activations = tokens * (4 * layers * (10 * hidden + 4 * inner) + 8 * int(config.vocab_size))
+    return LIBRARIES_BYTES + BYTES_PER_PARAMETER * parameter_count(folder) + activations
 
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
