@@ -148,16 +148,11 @@ class Unlearn:
     seed: int
     most: int | None
     """Blocks sampled from each training corpus."""
-    tokens: int = 0
-    """Size of the set, for the order of jobs."""
+    cost: float = 1.0
 
     @property
     def key(self) -> str:
         return f"{self.estimator}-{self.seed}-{self.forget}"
-
-    @property
-    def cost(self) -> float:
-        return float(self.tokens)
 
     def run(self, bench: Workbench) -> dict[str, Any]:
         """``{"curve": [{"step", "losses": {set: loss}}]}``; the first entry is the trained model itself, step 0."""
@@ -195,15 +190,11 @@ class Gradient:
     rows: int
     """Examples per pass."""
     path: Path = field(compare=False)
-    tokens: int = 0
+    cost: float = 1.0
 
     @property
     def key(self) -> str:
         return f"gradient-{self.seed}-{self.start}-{self.role}-{self.of}"
-
-    @property
-    def cost(self) -> float:
-        return float(self.tokens)
 
     def written(self) -> bool:
         """Whether the gradient is on disk."""

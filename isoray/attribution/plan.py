@@ -109,7 +109,8 @@ def unlearning_jobs(plan: Plan) -> Iterator[Job]:
     """UnTrac, UnTrac-Inv and their variants, for every data seed."""
     for seed in plan.seeds:
         for estimator, settings, inverse in plan.unlearnings:
-            for store in plan.test if inverse else plan.train:
+            forgotten, watched = (plan.test, plan.train) if inverse else (plan.train, plan.test)
+            for store in forgotten:
                 yield Unlearn(
                     estimator=estimator,
                     forget=store.name,
@@ -117,8 +118,25 @@ def unlearning_jobs(plan: Plan) -> Iterator[Job]:
                     training=settings,
                     seed=seed,
                     most=plan.sample.blocks,
-                    tokens=store.manifest.tokens,
+                    cost=_unlearning_cost(plan, settings, store, watched),
                 )
+
+
+def _unlearning_cost(plan: Plan, settings: TrainingConfig, forget: BlockStore, watched: Sequence[BlockStore]) -> float:
+    """In tokens of a forward pass; a backward pass is two of them."""
+    blocks, tokens = _seen(plan, forget)
+    steps_per_epoch = -(-blocks // min(settings.batch_size, blocks))
+    steps = settings.total_steps(steps_per_epoch)
+    evaluations = -(-steps // settings.evaluate_every) if settings.evaluate_every is not None else 1
+    return 3 * tokens * steps / steps_per_epoch + evaluations * sum(_seen(plan, store)[1] for store in watched)
+
+
+def _seen(plan: Plan, store: BlockStore) -> tuple[int, float]:
+    """How many blocks, and about how many tokens, of a corpus the estimators see."""
+    if plan.sample.blocks is None or any(store is test for test in plan.test):
+        return len(store), float(store.manifest.tokens)
+    blocks = min(plan.sample.blocks, len(store))
+    return blocks, store.manifest.tokens * blocks / len(store)
 
 
 def gradient_jobs(plan: Plan) -> Iterator[Job]:
@@ -133,10 +151,10 @@ def gradient_jobs(plan: Plan) -> Iterator[Job]:
         for seed in plan.seeds:
             for store in plan.train:
                 path = plan.vector("train", start, store.name, seed)
-                yield Gradient(store.name, "train", start, seed, plan.sample.blocks, rows, path, store.manifest.tokens)
+                yield Gradient(store.name, "train", start, seed, plan.sample.blocks, rows, path, _seen(plan, store)[1])
         for store in plan.test:
             path = plan.vector("test", start, store.name, plan.seed)
-            yield Gradient(store.name, "test", start, plan.seed, None, rows, path, store.manifest.tokens)
+            yield Gradient(store.name, "test", start, plan.seed, None, rows, path, _seen(plan, store)[1])
 
 
 def hessian_jobs(plan: Plan) -> Iterator[Job]:
