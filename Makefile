@@ -33,7 +33,7 @@ demo: $(STAMP)  ## find which corpora helped and which harmed, on a mixture with
 	$(BIN)/isoray run configs/untrac/quickstart.yaml --out $(OUT)
 
 test: $(STAMP)  ## all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow" --durations=15
 
 test-all: $(STAMP)  ## all tests
 	$(BIN)/python -m pytest

@@ -108,9 +108,17 @@ def test_a_bench_is_opened_once_per_worker_and_kept_over_runs(
     config = ScalingConfig(**scaling)
     resources = local_resources() if config.executor == "inprocess" else ray.resources()
     placement = plan(config, resources)
+    gate, opened = tmp_path / "gate", 0
+
+    def open_gate(event: LaneEvent) -> None:
+        nonlocal opened
+        opened += event.kind == "lane_open"
+        if opened == placement.lanes or placement.executor == "inprocess":
+            gate.touch()
+
     with open_lanes(MakeBench(tmp_path), placement=placement, scaling=config) as lanes:
-        for part in range(3):
-            lanes.run(walks(4), results=tmp_path / f"results-{part}")
+        for part in range(3):  # no job ends before every lane is open
+            lanes.run(walks(4, gate=gate), results=tmp_path / f"results-{part}", on_event=open_gate)
     assert len(list(tmp_path.glob("bench-*"))) == benches
 
 
