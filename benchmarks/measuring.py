@@ -18,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 BASELINES = REPOSITORY / "benchmarks" / "baselines"
 CORES = len(os.sched_getaffinity(0))
 PERIOD_S = 1.0
-"""How often memory is measured: a look at a process takes up to ten milliseconds."""
+"""How often memory is measured: looking at a process costs time, too."""
 
 
 class Cost(NamedTuple):

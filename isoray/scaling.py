@@ -107,7 +107,7 @@ def plan(scaling: ScalingConfig, resources: Resources, *, jobs: int | None = Non
     """Lanes for ``jobs`` short trainings on ``resources``; ``auto`` fills the machine and never oversubscribes it.
 
     Pass the number of all jobs, not of those still missing: the plan, and with it the threads of a worker, must not
-    depend on what an earlier run finished. ``memory`` is about what a worker will hold, in bytes, where that is known:
+    depend on what an earlier run finished. ``memory`` is about what a CPU worker will hold, in bytes, if that is known:
     ``auto`` opens fewer lanes (but one) when it would not suffice for more; lanes that were asked for stay as they are.
     Raises UserError with the sum when the lanes cannot fit.
     """
@@ -116,7 +116,7 @@ def plan(scaling: ScalingConfig, resources: Resources, *, jobs: int | None = Non
     gpus = _gpus(scaling, resources, ranks=scaling.workers_per_lane)
     if scaling.lanes == "auto":
         cpus = 1 if scaling.cpus_per_worker == "auto" else scaling.cpus_per_worker
-        lanes = max(1, resources.slots(cpus, gpus, memory) // scaling.workers_per_lane)
+        lanes = max(1, resources.slots(cpus, gpus, 0 if gpus else memory) // scaling.workers_per_lane)
         lanes = min(lanes, jobs) if jobs else lanes
     else:
         lanes = scaling.lanes

@@ -169,6 +169,7 @@ class _Shard:
         self.labels = _map(folder / "labels.npy") if (folder / "labels.npy").exists() else None
 
     def block(self, index: int) -> Block:
+        """Block ``index`` of this shard; labels and segments as :class:`Block` has them."""
         begin, end = int(self.offsets[index]), int(self.offsets[index + 1])
         ids = self.tokens[begin:end].astype(np.int32)
         first, last = np.searchsorted(self.starts, [begin, end])

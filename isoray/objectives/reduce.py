@@ -22,8 +22,8 @@ IGNORE = -100
 """The label of a position that has no loss (PyTorch's and Transformers' convention)."""
 
 HEAD_CHUNK = 256
-"""Labelled positions whose logits are computed at once when no gradient is needed: 50 MB for a vocabulary of 49,152,
-and no slower than all at once."""
+"""Labelled positions whose logits are computed at once when no gradient is needed, to bound memory: all positions of a
+pass take more than its activations where the vocabulary is large."""
 
 Batch = Mapping[str, Tensor]
 

@@ -127,6 +127,7 @@ class _Pool:
         bench_digest: str = "",
         on_event: Callable[[LaneEvent], None] | None = None,
     ) -> dict[str, JobRecord]:
+        """See :meth:`Lanes.run`."""
         self._queue = JobQueue(jobs, results=results, bench_digest=bench_digest, on_event=on_event)
         self._losses_of.clear()
         self._losses_in_a_row = 0

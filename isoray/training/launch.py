@@ -116,7 +116,7 @@ def _worker(config: dict[str, Any]) -> dict[str, Any] | None:
     assert isinstance(device, torch.device)
     try:
         result: dict[str, Any] = config["work"](Ranks.current(device))
-    except Exception as error:
+    except Exception as error:  # the worker's entry: the driver decides
         wrapped = failed(error)
         if wrapped.peer:  # the echo of another worker's end: Ray Train starts the group again
             raise

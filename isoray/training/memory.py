@@ -37,7 +37,7 @@ def worker_bytes(folder: Path, options: LoadOptions, tokens: int) -> int:
     vectors of the hidden size and four of the feed-forward size per token and layer, and the logits twice.
     """
     folder = base_of(folder)
-    config: Any = read_config(folder, options)
+    config: Any = read_config(folder, options).get_text_config()
     hidden, layers = int(config.hidden_size), int(config.num_hidden_layers)
     inner = int(getattr(config, "intermediate_size", None) or 4 * hidden)
     activations = tokens * (4 * layers * (10 * hidden + 4 * inner) + 8 * int(config.vocab_size))
@@ -53,8 +53,8 @@ def keep_freed_memory() -> None:
     """Let the C library keep what PyTorch frees for the next time, instead of giving it back to the system.
 
     A training step frees and takes gradients and activations anew. glibc maps large blocks afresh each time and gives
-    them back; the system then has to clear and map every page again, which for a model of 135M parameters is a fifth
-    of a step. Without effect where the C library is another one. glibc serves blocks above 64 MB outside the main
+    them back; the system then has to clear and map every page again, which costs a good
+    part of a step. Without effect where the C library is another one. glibc serves blocks above 64 MB outside the main
     thread in this way only if ``MALLOC_ARENA_MAX=1`` is in the environment when the process starts.
     """
     library = ctypes.CDLL(None)

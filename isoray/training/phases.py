@@ -37,6 +37,7 @@ class Trained:
 
     @property
     def peak_memory_mb(self) -> float | None:
+        """MiB, of rank 0; None where the log has none."""
         return max((row["peak_memory_mb"] for row in self.log if row["peak_memory_mb"]), default=None)
 
 

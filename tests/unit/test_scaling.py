@@ -115,6 +115,11 @@ def test_auto_opens_no_more_lanes_than_memory_holds(memory: int, scaling: dict[s
     assert placement.cpus == 8 // (lanes * placement.workers)
 
 
+def test_memory_of_the_machine_does_not_limit_lanes_on_gpus() -> None:
+    node = Node("a", 8, gpus=4.0, memory=16 * GIB)
+    assert plan(ScalingConfig(), Resources((node,)), memory=100 * GIB).lanes == 4
+
+
 def test_an_empty_cluster_is_refused_and_not_divided_by() -> None:
     with pytest.raises(UserError, match="no node"):
         placed(Resources(()))

@@ -6,6 +6,7 @@ import pytest
 
 from isoray.config.load import load
 from isoray.errors import UserError
+from isoray.recipes.untrac import UnTrac
 
 
 @pytest.mark.parametrize(
@@ -25,5 +26,7 @@ def test_impossible_together(overrides: list[str], message: str) -> None:
 
 
 def test_sharding_is_for_trainings_and_lanes_of_one_worker_whatever_the_baselines() -> None:
-    load("untrac/quickstart", ["compute.parallel=fsdp", "scaling.workers=2"])
-    load("untrac/quickstart", ["compute.parallel=fsdp", "scaling.workers_per_lane=2", "baselines.gradient=null"])
+    for more in (["scaling.workers=2"], ["scaling.workers_per_lane=2", "baselines.gradient=null"]):
+        config = load("untrac/quickstart", ["compute.parallel=fsdp", *more]).config
+        assert isinstance(config, UnTrac.Config)
+        assert config.compute.parallel == "fsdp"
