@@ -19,7 +19,7 @@ from typing import Any
 
 import isoray
 from isoray.errors import InfraError
-from isoray.scaling import Node, Resources, usable_cores
+from isoray.scaling import Node, Resources, usable_cores, usable_memory
 
 HELPER_CPUS = 2
 """Logical CPUs that a Ray of our own has on top of its cores: readers and tokenisers of a Ray Data pipeline wait for
@@ -49,8 +49,10 @@ class Cluster:
         for entry in ray.nodes():  # type: ignore[no-untyped-call]
             if entry["Alive"]:
                 amounts: Mapping[str, float] = entry["Resources"]
-                cpus = int(amounts.get("CPU", 0)) if self.cores is None else self.cores
-                memory = int(amounts.get("memory", 0))
+                cpus, memory = int(amounts.get("CPU", 0)), int(amounts.get("memory", 0))
+                if self.cores is not None:
+                    # Ray counts the memory that was free when it started: another number of lanes in every run.
+                    cpus, memory = self.cores, usable_memory()
                 nodes.append(Node(entry["NodeManagerAddress"], cpus, float(amounts.get("GPU", 0)), memory))
         return Resources(tuple(nodes))
 

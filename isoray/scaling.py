@@ -99,8 +99,7 @@ class Placement:
 
 def local_resources() -> Resources:
     """This machine without Ray: the cores that this process may use, and its memory. GPUs are left to torch."""
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Resources((Node("this machine", usable_cores(), 0.0, memory),))
+    return Resources((Node("this machine", usable_cores(), 0.0, usable_memory()),))
 
 
 def plan(scaling: ScalingConfig, resources: Resources, *, jobs: int | None = None, memory: int = 0) -> Placement:
@@ -197,3 +196,13 @@ def usable_cores() -> int:
     except (OSError, ValueError):
         return cores
     return cores if quota == "max" else max(1, min(cores, int(quota) // int(period)))
+
+
+def usable_memory() -> int:
+    """Bytes of memory that this process may use, also by others now: the machine's, cut down by a cgroup's limit."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    try:
+        limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
+    except OSError:
+        return memory
+    return memory if limit == "max" else min(memory, int(limit))

@@ -120,6 +120,11 @@ def test_memory_of_the_machine_does_not_limit_lanes_on_gpus() -> None:
     assert plan(ScalingConfig(), Resources((node,)), memory=100 * GIB).lanes == 4
 
 
+def test_the_memory_of_this_machine_is_what_it_has_and_not_what_is_free() -> None:
+    (node,) = local_resources().nodes
+    assert node.memory == local_resources().nodes[0].memory > GIB // 4
+
+
 def test_an_empty_cluster_is_refused_and_not_divided_by() -> None:
     with pytest.raises(UserError, match="no node"):
         placed(Resources(()))
