@@ -19,6 +19,7 @@ from isoray.models.snapshot import Snapshot
 from isoray.training.batching import cut, to_batch
 from isoray.training.config import ComputeConfig
 from isoray.training.lanes import Rank
+from isoray.training.memory import give_freed_memory_back
 from isoray.training.parallel import Parallel, Ranks
 
 EVALUATORS = 4
@@ -72,6 +73,7 @@ class Workbench:
     def start(self, name: str) -> Parallel:
         """The model with the weights of ``name``, ready to train or to evaluate; no gradients, no optimizer state."""
         self._fraction = 0.0
+        give_freed_memory_back()  # of the last job's optimizer
         if self._plan.options.adapter is not None:
             # An adapter's snapshot leaves out the frozen weights, which differ between starts.
             if name != self._opened:

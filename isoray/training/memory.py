@@ -57,8 +57,20 @@ def keep_freed_memory() -> None:
     part of a step. Without effect where the C library is another one. glibc serves blocks above 64 MB outside the main
     thread in this way only if ``MALLOC_ARENA_MAX=1`` is in the environment when the process starts.
     """
-    library = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version"):
+    if (library := _glibc()) is not None:
         library.mallopt(_M_MMAP_MAX, 0)
         library.mallopt(_M_TRIM_THRESHOLD, -1)
         library.mallopt(_M_TOP_PAD, 64 * 2**20)
+
+
+def give_freed_memory_back() -> None:
+    """Give the system what :func:`keep_freed_memory` kept; between two jobs, whose blocks do not fit the same gaps."""
+    if (library := _glibc()) is not None:
+        library.malloc_trim(0)
+
+
+@functools.cache
+def _glibc() -> ctypes.CDLL | None:
+    """The C library, if it is glibc."""
+    library = ctypes.CDLL(None)
+    return library if sys.platform == "linux" and hasattr(library, "gnu_get_libc_version") else None
