@@ -59,19 +59,18 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=256, help="of each training set; the test set stays as it is")
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--quick", action="store_true", help="a smoke run: one round on little")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/baselines/untrac.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/baselines/untrac_MODEL.json")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.models, arguments.examples, arguments.rounds = ["small"], 16, 1
         arguments.contenders = ["isoray", "trainer-cores"]
     found = environment("torch", "transformers", "accelerate", "ray", "numpy")
     show_environment(found)
-    results: dict[str, Any] = {"environment": found, "examples": arguments.examples, "models": {}}
     for name in arguments.models:
         with tempfile.TemporaryDirectory(prefix="isoray-benchmark-") as folder:
-            results["models"][name] = compare(name, Path(folder), arguments)
-    if arguments.save:
-        save("untrac", results)
+            results = compare(name, Path(folder), arguments)
+        if arguments.save:
+            save(f"untrac_{name}", {"environment": found, "examples": arguments.examples, **results})
 
 
 @dataclass(frozen=True)
