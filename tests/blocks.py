@@ -52,3 +52,16 @@ def ragged(name: str, rows: int, *, seed: int, shortest: int = 4, longest: int =
     """A store of documents of random lengths."""
     lengths = np.random.default_rng(seed).integers(shortest, longest + 1, rows)
     return ListStore(name, [document(int(n), seed=seed * 1000 + i, prompt=prompt) for i, n in enumerate(lengths)])
+
+
+def templates(name: str, rows: int, *, seed: int) -> ListStore:
+    """Examples with common beginnings of several lengths, some of them whole examples, some twice."""
+    draw = np.random.default_rng(seed)
+    stem = draw.integers(3, 97, 30)
+    blocks = []
+    for _ in range(rows):
+        ids = np.concatenate([stem[: draw.integers(5, 30)], draw.integers(3, 6, draw.integers(1, 6))]).astype(np.int32)
+        labels = ids.copy()
+        labels[: draw.integers(1, len(ids))] = -100
+        blocks.append(Block(ids, labels, np.zeros(len(ids), np.int32)))
+    return ListStore(name, [*blocks, *blocks[:3]])

@@ -16,7 +16,8 @@ from isoray.evaluation.likelihood import SetLosses
 from isoray.models.config import LoadOptions
 from isoray.models.load import LoadedModel, load
 from isoray.models.snapshot import Snapshot
-from isoray.training.batching import cut, to_batch
+from isoray.training import trees
+from isoray.training.batching import Layouter
 from isoray.training.config import ComputeConfig
 from isoray.training.lanes import Rank
 from isoray.training.memory import give_freed_memory_back
@@ -120,22 +121,19 @@ class Workbench:
         return dict(self._losses_at[key])
 
     def batches(self, blocks: Sequence[Block] | Blocks, *, rows: int, share: bool) -> Iterator[dict[str, Tensor]]:
-        """``blocks`` in length-sorted micro-batches of at most ``rows`` rows, on this worker's device.
+        """``blocks`` in micro-batches of at most ``rows`` rows, length-sorted or as trees, on this worker's device.
 
         All of them, or with ``share`` this worker's part, empty rows included where the workers' parts differ.
         """
-        lengths = np.array([len(blocks[row].input_ids) for row in range(len(blocks))])
-        world, rank = (self.ranks.world, self.ranks.rank) if share else (1, 0)
-        tokens = self.compute.training_tokens(self.ranks.device.type)
-        for chosen in cut(lengths, world=world, max_tokens=tokens, max_rows=rows)[rank]:
-            loaded = [None if row is None else blocks[row] for row in chosen]
-            yield to_batch(
-                loaded,
-                filler=blocks[0],
-                pad_token_id=self.pad_token_id,
-                layout=self._loaded.layout,
-                device=self.ranks.device,
-            )
+        ranks = self.ranks if share else Ranks(device=self.ranks.device)
+        layouter = Layouter(self.compute, ranks, pad_token_id=self.pad_token_id, layout=self._loaded.layout)
+        loaded = [blocks[row] for row in range(len(blocks))]
+        planted = layouter.as_trees(loaded, max_rows=rows)
+        if planted is not None and trees.supported(self.parallel):
+            yield from planted
+            return
+        lengths = np.array([len(block.input_ids) for block in loaded])
+        yield from layouter.as_rows(lengths, lambda chosen: [loaded[row] for row in chosen], max_rows=rows)
 
     @property
     def layout(self) -> Literal["causal", "seq2seq"]:

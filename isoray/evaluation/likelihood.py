@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -13,10 +13,9 @@ from torch import Tensor
 
 from isoray.corpora.store import Blocks, BlockStore
 from isoray.errors import DataError
-from isoray.evaluation.trees import Tree, owners, plant, supported
-from isoray.evaluation.trees import to_batch as tree_batch
 from isoray.models.load import LoadedModel
-from isoray.objectives.reduce import row_nll, tree_nll
+from isoray.objectives.reduce import row_nll
+from isoray.training import trees
 from isoray.training.batching import Layout, to_batch
 from isoray.training.config import ComputeConfig
 from isoray.training.parallel import Parallel, Ranks
@@ -26,7 +25,7 @@ class SetLosses:
     """Losses of named evaluation sets; an evaluator of :func:`isoray.training.loop.train`.
 
     The rows of all sets are sorted by length together and cut into batches of at most ``max_tokens`` padded tokens;
-    sets whose examples begin alike are laid out as prefix trees instead (:mod:`isoray.evaluation.trees`). The batches
+    sets whose examples begin alike are laid out as prefix trees instead (:mod:`isoray.training.trees`). The batches
     are made once and kept, because evaluation is repeated many times (UnTrac: every 16 steps). Sums are taken in
     float64 in row order, so the losses do not depend on the cut or on the number of ranks beyond the rounding of the
     forward pass.
@@ -61,17 +60,13 @@ class SetLosses:
     def __call__(self, parallel: Parallel) -> dict[str, float]:
         """Mean loss (nats) of each set; every rank gets the same answer."""
         if self._batches is None:
-            self._batches = self._lay_out(with_trees=self._layout == "causal" and supported(parallel))
+            self._batches = self._lay_out(with_trees=self._layout == "causal" and trees.supported(parallel))
         sums = torch.zeros(2, len(self._set_of_row), dtype=torch.float64, device=self._ranks.device)
         for batch in self._batches:
-            if batch.is_tree:
-                nll_N = parallel.evaluate(tree_nll, batch.tensors).double()
-                counts_N = torch.ones_like(nll_N)
-            else:
-                nll_N, counts_N = (found.double() for found in parallel.evaluate(row_nll, batch.tensors))
+            nll_B, count_B = parallel.evaluate(row_nll, batch.tensors)
             if batch.counts:
-                sums[0].index_add_(0, batch.rows_N, nll_N)
-                sums[1].index_add_(0, batch.rows_N, counts_N)
+                sums[0, batch.rows_B] = nll_B.double()
+                sums[1, batch.rows_B] = count_B.double()
         nll_R, count_R = self._ranks.sum(sums).cpu().numpy()
         losses = {}
         for which, name in enumerate(self._names):
@@ -85,38 +80,38 @@ class SetLosses:
         """This rank's batches."""
         lengths = np.concatenate([np.asarray(store.lengths) for store in self._stores])
         plain = np.ones(len(lengths), np.bool_)
-        chunks: list[list[int] | list[Tree]] = []
+        chunks: list[Sequence[int] | Sequence[trees.Tree]] = []
         for which, store in enumerate(self._stores) if with_trees else ():
             rows = np.flatnonzero(self._set_of_row == which)
-            if trees := plant([store[row] for row in range(len(store))], first=int(rows[0])):
+            if planted := trees.plant([store[row] for row in range(len(store))], first=int(rows[0])):
                 plain[rows] = False
-                chunks += _tree_chunks(trees, self._max_tokens)
+                chunks += trees.cut(planted, max_tokens=self._max_tokens)
         chunks += _chunks(np.flatnonzero(plain), lengths, self._max_tokens)
         mine = chunks[self._ranks.rank :: self._ranks.world]
         # With FSDP every forward pass is a collective: a rank without a last batch runs along, on one that counts not.
         idle = -(-len(chunks) // self._ranks.world) - len(mine)
         return [self._batch(chunk, counts=True) for chunk in mine] + [self._batch(chunks[0], counts=False)] * idle
 
-    def _batch(self, chunk: list[int] | list[Tree], *, counts: bool) -> _Batch:
+    def _batch(self, chunk: Sequence[int] | Sequence[trees.Tree], *, counts: bool) -> _Batch:
         device = self._ranks.device
-        if isinstance(chunk[0], Tree):
-            trees = chunk
-            tensors = tree_batch(trees, pad_token_id=self._pad, device=device)
-            return _Batch(True, tensors, torch.tensor(owners(trees), device=device), counts)
-        rows = chunk
-        blocks = [self._stores[self._set_of_row[row]][self._row_in_set[row]] for row in rows]
-        tensors = to_batch(blocks, filler=blocks[0], pad_token_id=self._pad, layout=self._layout, device=device)
-        return _Batch(False, tensors, torch.tensor(rows, device=device), counts)
+        rows = [part for part in chunk if isinstance(part, int)]
+        if rows:
+            blocks = [self._stores[self._set_of_row[row]][self._row_in_set[row]] for row in rows]
+            tensors = to_batch(blocks, filler=blocks[0], pad_token_id=self._pad, layout=self._layout, device=device)
+        else:
+            planted = [part for part in chunk if isinstance(part, trees.Tree)]
+            rows = trees.examples(planted)
+            tensors = trees.to_batch(planted, pad_token_id=self._pad, device=device)
+        return _Batch(tensors, torch.tensor(rows, device=device), counts)
 
 
 @dataclass(frozen=True)
 class _Batch:
     """Ready for a forward pass."""
 
-    is_tree: bool
     tensors: dict[str, Tensor]
-    rows_N: Tensor
-    """Which row each of the results belongs to: one per example, of trees one per label."""
+    rows_B: Tensor
+    """Which rows of all sets it holds."""
     counts: bool
     """Whether it is this rank's to count."""
 
@@ -141,12 +136,6 @@ class StoreLosses:
             average=self.average,
             max_tokens=self.compute.evaluation_tokens(ranks.device.type),
         )
-
-
-def _tree_chunks(trees: list[Tree], max_tokens: int) -> Iterator[list[Tree]]:
-    """The trees in order, cut so that trees x widest stays within ``max_tokens``."""
-    rows = max(1, max_tokens // max(map(len, trees)))
-    return (trees[start : start + rows] for start in range(0, len(trees), rows))
 
 
 def _chunks(rows: np.ndarray, lengths: np.ndarray, max_tokens: int) -> list[list[int]]:

@@ -81,6 +81,17 @@ def decoder_and_head(model: nn.Module) -> tuple[Callable[..., Tensor], nn.Module
     return (backbone, head) if _splits[model] else None
 
 
+def drops_out(model: nn.Module) -> bool:
+    """Whether some module, attention included, drops values at random while it trains."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout) and module.p > 0:
+            return True
+        # Attention keeps its rate as a number.
+        if any("drop" in name and isinstance(rate, float) and rate > 0 for name, rate in vars(module).items()):
+            return True
+    return False
+
+
 def _output_embeddings(model: PreTrainedModel) -> nn.Module | None:
     return cast("nn.Module | None", cast(Any, model).get_output_embeddings())
 

@@ -27,6 +27,9 @@ class Objective(Component, ABC):
     """Names of the batches it needs."""
     improves: ClassVar[Mapping[str, int]] = {}
     """Direction in which training moves each term: -1 falls, +1 rises."""
+    takes_trees: ClassVar[bool] = False
+    """Whether batches may come as prefix trees (:mod:`isoray.training.trees`): true of an objective that looks at them
+    through :mod:`isoray.objectives.reduce` only."""
 
     @abstractmethod
     def weigh(self, batches: Batches) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ class LanguageModelling(Objective):
     """Minimise the NLL; ``average`` says of what."""
 
     improves = {"nll": -1}
+    takes_trees = True
 
     class Config(Component.Config):
         """Settings of language modelling."""

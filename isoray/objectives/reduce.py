@@ -2,8 +2,10 @@
 
 A batch is a mapping of tensors made by :func:`isoray.corpora.collate.collate`. Causal batches hold ``input_ids_BT`` and
 ``labels_BT`` (unshifted, -100 = no loss); packed ones also ``position_ids_BT`` and ``segment_ids_BT``. Encoder-decoder
-batches hold ``attention_mask_BS`` and decoder labels. The head is computed at labelled positions only, in chunks, in
-float32 or wider; nothing of the shape batch x time x vocabulary is ever made when the model's structure is known.
+batches hold ``attention_mask_BS`` and decoder labels. Rows that begin alike may come as prefix trees
+(:mod:`isoray.training.trees`); they count as the rows that they are made of. The head is computed at labelled positions
+only, in chunks, in float32 or wider; nothing of the shape batch x time x vocabulary is ever made when the model's
+structure is known.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ class TokenNll(NamedTuple):
     nll_N: Tensor
     """float32 (float64 for float64 models), shape [N], nats."""
     row_N: Tensor
-    """int64, shape [N]: the batch row each token belongs to."""
+    """int64, shape [N]: the row (of trees: the example) each token belongs to."""
 
 
 def is_seq2seq(batch: Batch) -> bool:
@@ -42,8 +44,15 @@ def is_seq2seq(batch: Batch) -> bool:
     return "attention_mask" in batch
 
 
+def is_tree(batch: Batch) -> bool:
+    """Whether the batch's rows are laid out as prefix trees."""
+    return "subtree_ends" in batch
+
+
 def label_counts(batch: Batch) -> Tensor:
     """Number of labelled tokens in each row: int64, shape [B]."""
+    if is_tree(batch):
+        return batch["counts"]
     labels = batch["labels"] if is_seq2seq(batch) else batch["labels"][:, 1:]
     return (labels != IGNORE).sum(dim=1)
 
@@ -54,6 +63,8 @@ def token_nll(model: nn.Module, batch: Batch) -> TokenNll:
     A batch without labelled tokens gives empty tensors that still hang on the parameters, so that every rank of a
     distributed step takes part in the backward pass.
     """
+    if is_tree(batch):
+        return TokenNll(_tree_nll(model, batch), batch["owners"])
     if is_seq2seq(batch):
         hf_model: Any = model
         inputs = {
@@ -68,20 +79,6 @@ def token_nll(model: nn.Module, batch: Batch) -> TokenNll:
         keep_BT = targets_BT != IGNORE
     targets_N, row_N = targets_BT[keep_BT], keep_BT.nonzero()[:, 0]
     return TokenNll(_nll_at(model, inputs, keep_BT, targets_N), row_N)
-
-
-def tree_nll(model: nn.Module, tree: Batch) -> Tensor:
-    """NLL of every labelled token of examples laid out as prefix trees (:mod:`isoray.evaluation.trees`): shape [N]."""
-    length = tree["input_ids"].shape[1]
-    place_T = torch.arange(length, device=tree["input_ids"].device)
-    # A position sees itself and its ancestors: those before it whose subtree has not ended.
-    allowed_BTT = (place_T[:, None] >= place_T) & (place_T[:, None] < tree["subtree_ends"][:, None, :])
-    inputs = {
-        "input_ids": tree["input_ids"],
-        "position_ids": tree["position_ids"],
-        "attention_mask": _mask(model, allowed_BTT),
-    }
-    return _nll_at(model, inputs, tree["predicts"], tree["targets"], which_N=tree["predictors"])
 
 
 def row_nll(model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -99,6 +96,20 @@ def example_nll_sum(model: nn.Module, batch: Batch) -> Tensor:
     """
     sum_B, count_B = row_nll(model, batch)
     return (sum_B / count_B.clamp(min=1)).sum()
+
+
+def _tree_nll(model: nn.Module, tree: Batch) -> Tensor:
+    """NLL of every labelled token of rows laid out as prefix trees: shape [N]."""
+    length = tree["input_ids"].shape[1]
+    place_T = torch.arange(length, device=tree["input_ids"].device)
+    # A position sees itself and its ancestors: those before it whose subtree has not ended.
+    allowed_BTT = (place_T[:, None] >= place_T) & (place_T[:, None] < tree["subtree_ends"][:, None, :])
+    inputs = {
+        "input_ids": tree["input_ids"],
+        "position_ids": tree["position_ids"],
+        "attention_mask": _mask(model, allowed_BTT),
+    }
+    return _nll_at(model, inputs, tree["predicts"], tree["targets"], which_N=tree["predictors"])
 
 
 def _nll_at(

@@ -6,7 +6,7 @@ objective's sums and counts make the result independent of the cut, so it is fre
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
@@ -16,7 +16,8 @@ from torch import Tensor
 from isoray.corpora.collate import collate
 from isoray.corpora.store import Block
 from isoray.corpora.stream import BlockStream
-from isoray.objectives.reduce import IGNORE, Batch
+from isoray.objectives.reduce import IGNORE, Batch, is_tree
+from isoray.training import trees
 from isoray.training.config import ComputeConfig
 from isoray.training.parallel import Ranks
 
@@ -59,60 +60,92 @@ def to_batch(
     return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
 
 
+def without_labels(batch: Batch) -> dict[str, Tensor]:
+    """``batch`` as it would be if no token were labelled: it runs through the model and counts nothing."""
+    if not is_tree(batch):
+        return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+    none = {name: batch[name][:0] for name in ("predictors", "targets", "owners")}
+    zeros = {name: torch.zeros_like(batch[name]) for name in ("predicts", "counts")}
+    return {**batch, **none, **zeros}
+
+
+class Layouter:
+    """Lays rows out as micro-batches: sorted by length, or as prefix trees where rows that begin alike save enough."""
+
+    def __init__(self, compute: ComputeConfig, ranks: Ranks, *, pad_token_id: int, layout: Layout) -> None:
+        self._max_tokens, self._max_rows = compute.training_tokens(ranks.device.type), compute.micro_batch_rows
+        self._ranks, self._pad, self._layout = ranks, pad_token_id, layout
+
+    def as_rows(
+        self, lengths: np.ndarray, load: Callable[[Sequence[int]], Sequence[Block]], *, max_rows: int | None = None
+    ) -> Iterator[dict[str, Tensor]]:
+        """This rank's micro-batches of the rows whose ``lengths`` are given; ``load`` reads some of them."""
+        max_rows = self._max_rows if max_rows is None else max_rows
+        plan = cut(lengths, world=self._ranks.world, max_tokens=self._max_tokens, max_rows=max_rows)
+        for rows in plan[self._ranks.rank]:
+            loaded = load([row for row in rows if row is not None])
+            filler = loaded[0] if loaded else load([0])[0]
+            present = iter(loaded)
+            yield to_batch(
+                [None if row is None else next(present) for row in rows],
+                filler=filler,
+                pad_token_id=self._pad,
+                layout=self._layout,
+                device=self._ranks.device,
+            )
+
+    def as_trees(self, blocks: Sequence[Block], *, max_rows: int | None = None) -> list[dict[str, Tensor]] | None:
+        """This rank's micro-batches of ``blocks`` as prefix trees; None where they save too little."""
+        if self._layout != "causal" or (planted := trees.plant(blocks)) is None:
+            return None
+        max_rows = self._max_rows if max_rows is None else max_rows
+        chunks = list(trees.cut(planted, max_tokens=self._max_tokens, max_rows=max_rows))
+        mine = [self._tree_batch(chunk) for chunk in chunks[self._ranks.rank :: self._ranks.world]]
+        # Every rank gets as many as every other, as collectives need.
+        missing = -(-len(chunks) // self._ranks.world) - len(mine)
+        return mine + [without_labels(self._tree_batch(chunks[0]))] * missing
+
+    def _tree_batch(self, planted: Sequence[trees.Tree]) -> dict[str, Tensor]:
+        return trees.to_batch(planted, pad_token_id=self._pad, device=self._ranks.device)
+
+
 class MicroBatches:
-    """The micro-batches of one rank for every step, as a pure function of (seed, step, data)."""
+    """The micro-batches of one rank for every step, as a pure function of (seed, step, data).
+
+    ``with_trees`` says whether the model computes prefix trees; it is asked only where they would save something.
+    """
 
     def __init__(
-        self,
-        streams: Mapping[str, BlockStream],
-        compute: ComputeConfig,
-        ranks: Ranks,
-        *,
-        pad_token_id: int,
-        layout: Layout,
+        self, streams: Mapping[str, BlockStream], layouter: Layouter, *, with_trees: Callable[[], bool]
     ) -> None:
-        self._streams, self._compute, self._ranks = streams, compute, ranks
-        self._pad, self._layout = pad_token_id, layout
+        self._streams, self._layouter = streams, layouter
+        # The first step decides for all, whichever step a resumed training begins with.
+        self._planted = {role for role, stream in streams.items() if self._begin_alike(stream) and with_trees()}
 
     def at(self, step: int) -> list[dict[str, Batch]]:
         """Micro-batches of step ``step``: each maps every role to its batch."""
-        per_role = {role: self._of(stream, step) for role, stream in self._streams.items()}
+        per_role = {role: self._of(role, step) for role in self._streams}
         number = {role: len(batches) for role, batches in per_role.items()}
         # Roles of different size are paired as far as they go; the shorter one repeats nothing and counts nothing.
         micro_batches: list[dict[str, Batch]] = []
         for index in range(max(number.values())):
             micro_batches.append(
                 {
-                    role: batches[index] if index < len(batches) else _without_labels(batches[0])
+                    role: batches[index] if index < len(batches) else without_labels(batches[0])
                     for role, batches in per_role.items()
                 }
             )
         return micro_batches
 
-    def _of(self, stream: BlockStream, step: int) -> list[dict[str, Tensor]]:
+    def _of(self, role: str, step: int) -> list[dict[str, Tensor]]:
+        stream = self._streams[role]
         refs = stream.refs(step)
-        plan = cut(
-            stream.lengths(refs),
-            world=self._ranks.world,
-            max_tokens=self._compute.training_tokens(self._ranks.device.type),
-            max_rows=self._compute.micro_batch_rows,
-        )
-        batches = []
-        for rows in plan[self._ranks.rank]:
-            loaded = stream.load([refs[row] for row in rows if row is not None])
-            filler = loaded[0] if loaded else stream.load(refs[:1])[0]
-            present = iter(loaded)
-            batches.append(
-                to_batch(
-                    [None if row is None else next(present) for row in rows],
-                    filler=filler,
-                    pad_token_id=self._pad,
-                    layout=self._layout,
-                    device=self._ranks.device,
-                )
-            )
-        return batches
+        if role in self._planted and (batches := self._layouter.as_trees(stream.load(refs))) is not None:
+            return batches
+        return list(self._layouter.as_rows(stream.lengths(refs), lambda rows: stream.load([refs[row] for row in rows])))
 
-
-def _without_labels(batch: Batch) -> dict[str, Tensor]:
-    return {**batch, "labels": torch.full_like(batch["labels"], IGNORE)}
+    def _begin_alike(self, stream: BlockStream) -> bool:
+        refs = stream.refs(0)
+        if len(refs) < 2 or stream.lengths(refs).max() > trees.WIDTH:
+            return False
+        return self._layouter.as_trees(stream.load(refs)) is not None

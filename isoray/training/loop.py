@@ -19,9 +19,11 @@ from torch.optim import Optimizer
 from isoray.config.base import digest_of
 from isoray.corpora.stream import BlockStream
 from isoray.errors import NumericError
+from isoray.models.structure import drops_out
 from isoray.objectives.base import Objective
 from isoray.objectives.reduce import Batch
-from isoray.training.batching import Layout, MicroBatches
+from isoray.training import trees
+from isoray.training.batching import Layout, Layouter, MicroBatches
 from isoray.training.config import TrainingConfig
 from isoray.training.memory import peak_memory_mb
 from isoray.training.optim import EarlyUpdates, combined_norm, make_optimizer
@@ -82,7 +84,8 @@ def train(
     optimizer = make_optimizer(config.optimizer, parameters)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
     updates = _Updates(parallel, objective, reference, optimizer, parameters, guard, config.clip_norm)
-    micro_batches = MicroBatches(streams, parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout)
+    layouter = Layouter(parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout)
+    micro_batches = MicroBatches(streams, layouter, with_trees=lambda: _takes_trees(objective, parallel))
     start = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
         start = checkpoints.load(latest, parallel.model, optimizer)
@@ -169,6 +172,11 @@ class _Updates:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return sums, counts, norm
+
+
+def _takes_trees(objective: Objective, parallel: Parallel) -> bool:
+    # With dropout, examples that share a beginning would share what is dropped from it.
+    return objective.takes_trees and not drops_out(parallel.model) and trees.supported(parallel)
 
 
 def _seed(of: list[int], device: torch.device) -> None:

@@ -9,12 +9,14 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from blocks import ListStore, packed, ragged
+from blocks import ListStore, packed, ragged, templates
+from tiny import make_neox
 from torch import Tensor, nn
 
 from isoray.config.base import find_component, kinds
 from isoray.corpora.stream import BlockStream
 from isoray.objectives.base import Objective
+from isoray.training import trees
 from isoray.training.config import ComputeConfig, TrainingConfig
 from isoray.training.loop import train
 from isoray.training.optim import SgdConfig
@@ -84,6 +86,19 @@ def test_cut_and_padding_change_nothing(
     assert error(whole, parts) < 1e-10
 
 
+@pytest.mark.parametrize(("kind", "average"), SETTINGS)
+@pytest.mark.parametrize("tokens", [10**6, 60])
+def test_prefix_trees_change_nothing(kind: str, average: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss, store = objective(kind, average), templates("a", 40, seed=1)
+    monkeypatch.setattr(trees, "WIDTH", 60)
+    planted = step_gradient(make_neox(), loss, store, tokens=tokens)
+    asked = []
+    monkeypatch.setattr(trees, "supported", lambda _: asked.append(True))
+    rows = step_gradient(make_neox(), loss, store, tokens=tokens)
+    assert len(asked) == loss.takes_trees, "trees were not offered"
+    assert error(rows, planted) < 1e-10
+
+
 @pytest.mark.parametrize("kind", ["lm", "gradient_ascent"])
 def test_packing_changes_nothing(kind: str, tiny_model: Callable[..., nn.Module]) -> None:
     store = ragged("a", ROWS, seed=1)
@@ -122,23 +137,28 @@ def test_training_moves_each_term_its_way(kind: str, tiny_model: Callable[..., n
         assert (steps[-1].terms[name] - steps[0].terms[name]) * direction > 0.01
 
 
-RANKED = [("ddp", ROWS), ("ddp", 5), ("ddp", 1), ("fsdp", ROWS), ("fsdp", 1)]
+RANKED = [
+    (strategy, make, rows)
+    for make, rows in [(ragged, ROWS), (ragged, 5), (ragged, 1), (templates, 20)]
+    for strategy in ("ddp", "fsdp")
+]
 
 
 def _ranked_gradients(rank: int, world: int, port: int, make_model: Callable[..., nn.Module], out: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=world)
     gradients = {}
-    for strategy, rows in RANKED:
+    for strategy, make, rows in RANKED:
         model = make_model(dtype=torch.float64)
         before = [p.detach().clone() for p in model.parameters()]
-        training = TrainingConfig(steps=1, batch_size=rows, optimizer=SgdConfig(lr=1.0))
+        store = make("a", rows, seed=1)
+        training = TrainingConfig(steps=1, batch_size=len(store), optimizer=SgdConfig(lr=1.0))
         parallel = Parallel(model, Ranks.current(), ComputeConfig(micro_batch_rows=2, parallel=strategy))
         loss = objective("gradient_ascent", "example")
-        streams = {role: BlockStream([ragged("a", rows, seed=1)], batch_size=rows, seed=0) for role in loss.roles}
+        streams = {role: BlockStream([store], batch_size=len(store), seed=0) for role in loss.roles}
         list(train(parallel, loss, streams, training, seed=0, pad_token_id=0))
         after = [p.full_tensor() if hasattr(p, "full_tensor") else p for p in model.parameters()]
-        gradients[strategy, rows] = torch.cat(
+        gradients[strategy, make.__name__, rows] = torch.cat(
             [(old - new.detach()).flatten() for old, new in zip(before, after, strict=True)]
         )
     if rank == 0:
@@ -158,12 +178,16 @@ def ranked(tiny_model: Callable[..., nn.Module], tmp_path_factory: pytest.TempPa
     return torch.load(out)
 
 
-@pytest.mark.parametrize(("strategy", "rows"), RANKED)
+@pytest.mark.parametrize(("strategy", "make", "rows"), RANKED)
 def test_two_ranks_give_the_gradient_of_one(
-    strategy: str, rows: int, ranked: dict[object, Tensor], tiny_model: Callable[..., nn.Module]
+    strategy: str,
+    make: Callable[..., ListStore],
+    rows: int,
+    ranked: dict[object, Tensor],
+    tiny_model: Callable[..., nn.Module],
 ) -> None:
     """Also when a rank has fewer rows than the other, or none."""
     alone = step_gradient(
-        tiny_model(dtype=torch.float64), objective("gradient_ascent", "example"), ragged("a", rows, seed=1)
+        tiny_model(dtype=torch.float64), objective("gradient_ascent", "example"), make("a", rows, seed=1)
     )
-    assert error(alone, ranked[strategy, rows]) < 1e-10
+    assert error(alone, ranked[strategy, make.__name__, rows]) < 1e-10

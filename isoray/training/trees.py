@@ -1,15 +1,16 @@
 """Examples that begin alike, laid out so that what they share is computed once.
 
-Test sets are often made from templates, and a causal model's states over a common beginning are common too. The
+Sets are often made from templates, and a causal model's states over a common beginning are common too. The
 examples of a set form a tree of tokens: one path each, shared as far as they agree. Laid out in depth-first order, with
 a token's depth as its position, and attending to its ancestors only, one forward pass gives every example the same
-states as a pass of its own, up to rounding. Tokens after the last predicting one are left out.
+states as a pass of its own, and one backward pass the gradients, up to rounding. Tokens after the last predicting one
+are left out.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
 
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from isoray.corpora.store import IGNORED, Block
 from isoray.models.structure import plain
-from isoray.objectives.reduce import row_nll, tree_nll
+from isoray.objectives.reduce import row_nll
 from isoray.training.parallel import Parallel
 
 WIDTH = 256
@@ -86,14 +87,27 @@ def plant(blocks: Sequence[Block], *, first: int = 0) -> list[Tree] | None:
             trees.append(Tree())
         trees[-1].add(number, ids, labels)
     saves = sum(map(len, trees)) <= WORTH * sum(len(block.input_ids) for block in blocks)
-    return trees if saves else None
+    return trees if trees and saves else None
+
+
+def cut(trees: Sequence[Tree], *, max_tokens: int, max_rows: int | None = None) -> Iterator[Sequence[Tree]]:
+    """The trees in order, in runs of at most ``max_rows`` whose number x widest stays within ``max_tokens``."""
+    rows = max(1, max_tokens // max(map(len, trees)))
+    rows = rows if max_rows is None else min(rows, max_rows)
+    return (trees[start : start + rows] for start in range(0, len(trees), rows))
+
+
+def examples(trees: Sequence[Tree]) -> list[int]:
+    """Numbers of the examples that the rows of ``to_batch(trees)`` stand for, in their order."""
+    return list(dict.fromkeys(number for tree in trees for _, _, number in tree.predictions))
 
 
 def to_batch(trees: Sequence[Tree], *, pad_token_id: int, device: torch.device) -> dict[str, Tensor]:
-    """A batch for :func:`isoray.objectives.reduce.tree_nll`, one tree per row.
+    """A batch for the losses of :mod:`isoray.objectives.reduce`, one tree per row of tokens.
 
     ``input_ids``, ``position_ids``, ``subtree_ends`` int64 [B, T]; ``predicts`` bool [B, T]: where the head is needed;
-    ``predictors`` int64 [N]: which of these positions predicts each label; ``targets`` int64 [N].
+    ``predictors`` int64 [N]: which of these positions predicts each label; ``targets``, ``owners`` int64 [N]: each
+    label and its example; ``counts`` int64 [E]: each example's number of labels.
     """
     width = max(map(len, trees))
     shape = (len(trees), width)
@@ -105,6 +119,8 @@ def to_batch(trees: Sequence[Tree], *, pad_token_id: int, device: torch.device) 
     unique, predictors = np.unique(places, return_inverse=True)
     predicts = np.zeros(len(trees) * width, np.bool_)
     predicts[unique] = True
+    index = {number: row for row, number in enumerate(examples(trees))}
+    owners = np.array([index[number] for tree in trees for _, _, number in tree.predictions])
     arrays = {
         "input_ids": ids,
         "position_ids": depths,
@@ -112,13 +128,10 @@ def to_batch(trees: Sequence[Tree], *, pad_token_id: int, device: torch.device) 
         "predicts": predicts.reshape(shape),
         "predictors": predictors,
         "targets": np.array([label for tree in trees for _, label, _ in tree.predictions]),
+        "owners": owners,
+        "counts": np.bincount(owners),
     }
     return {name: torch.from_numpy(array).to(device) for name, array in arrays.items()}
-
-
-def owners(trees: Sequence[Tree]) -> list[int]:
-    """The example of each label, in the order of a batch's ``targets``."""
-    return [number for tree in trees for _, _, number in tree.predictions]
 
 
 def supported(parallel: Parallel) -> bool:
@@ -136,14 +149,13 @@ def supported(parallel: Parallel) -> bool:
 
 
 def _agrees(parallel: Parallel) -> bool:
-    examples = [np.array([0, 1, 2, branch, 1, 0], np.int32) for branch in (0, 2)]
+    rows = [np.array([0, 1, 2, branch, 1, 0], np.int32) for branch in (0, 2)]
     tree = Tree()
-    for number, ids in enumerate(examples):
+    for number, ids in enumerate(rows):
         tree.add(number, ids[:-1], ids[1:])
     device = parallel.ranks.device
-    nll_N = parallel.evaluate(tree_nll, to_batch([tree], pad_token_id=0, device=device))
-    ids_BT = torch.from_numpy(np.stack(examples)).long().to(device)
+    got_B, _ = parallel.evaluate(row_nll, to_batch([tree], pad_token_id=0, device=device))
+    ids_BT = torch.from_numpy(np.stack(rows)).long().to(device)
     want_B, _ = parallel.evaluate(row_nll, {"input_ids": ids_BT, "labels": ids_BT})
-    got_B = torch.zeros_like(want_B).index_add(0, torch.tensor(owners([tree]), device=device), nll_N)
     lowest = torch.bfloat16 if parallel.compute.precision == "bf16" else next(parallel.model.parameters()).dtype
     return torch.allclose(got_B, want_B, rtol=4 * torch.finfo(lowest).eps ** 0.75)

@@ -1,4 +1,4 @@
-"""Examples laid out as prefix trees have the losses that they have alone."""
+"""Examples laid out as prefix trees have the losses and the gradients that they have alone."""
 
 from __future__ import annotations
 
@@ -7,14 +7,21 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
-from blocks import ListStore, document, packed
+from blocks import ListStore, document, packed, ragged, templates
+from tiny import make_neox
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from isoray.attribution.gradient import summed_gradient
+from isoray.attribution.hessian import MeanHessian
 from isoray.corpora.store import Block
-from isoray.evaluation import likelihood, trees
+from isoray.corpora.stream import BlockStream
 from isoray.evaluation.likelihood import SetLosses
-from isoray.objectives.reduce import row_nll
+from isoray.models.structure import drops_out
+from isoray.objectives.reduce import Batch, example_nll_sum, is_tree, label_counts, row_nll
+from isoray.training import trees
+from isoray.training.batching import Layouter, MicroBatches, without_labels
+from isoray.training.config import ComputeConfig
 from isoray.training.parallel import Parallel, Ranks
 
 SIZES = {
@@ -38,19 +45,6 @@ def model_of(kind: str, attention: str = "sdpa", dtype: torch.dtype = torch.floa
     return model
 
 
-def templates(name: str, rows: int, *, seed: int) -> ListStore:
-    """Examples with common beginnings of several lengths, some of them whole examples, some twice."""
-    draw = np.random.default_rng(seed)
-    stem = draw.integers(3, 97, 30)
-    blocks = []
-    for _ in range(rows):
-        ids = np.concatenate([stem[: draw.integers(5, 30)], draw.integers(3, 6, draw.integers(1, 6))]).astype(np.int32)
-        labels = ids.copy()
-        labels[: draw.integers(1, len(ids))] = -100
-        blocks.append(Block(ids, labels, np.zeros(len(ids), np.int32)))
-    return ListStore(name, [*blocks, *blocks[:3]])
-
-
 def alone(model: nn.Module, blocks: Sequence[Block]) -> float:
     """The slow way: one pass per example, mean of means."""
     means = []
@@ -68,14 +62,14 @@ def alone(model: nn.Module, blocks: Sequence[Block]) -> float:
 def spied(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Collects how many trees were planted for each set."""
     planted: list[int] = []
-    plant = likelihood.plant
+    plant = trees.plant
 
     def spy(*args: object, **kwargs: object) -> list[trees.Tree] | None:
         found = plant(*args, **kwargs)  # type: ignore[arg-type]
         planted.append(len(found or ()))
         return found
 
-    monkeypatch.setattr(likelihood, "plant", spy)
+    monkeypatch.setattr(trees, "plant", spy)
     return planted
 
 
@@ -100,7 +94,7 @@ def test_average_over_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     model, store = model_of("llama"), templates("a", 20, seed=1)
     got = SetLosses({"a": store}, pad_token_id=0, average="token", max_tokens=512)(Parallel(model))["a"]
     assert planted == [1]
-    monkeypatch.setattr(likelihood, "supported", lambda _: False)
+    monkeypatch.setattr(trees, "supported", lambda _: False)
     plain = SetLosses({"a": store}, pad_token_id=0, average="token", max_tokens=512)(Parallel(model))["a"]
     assert got == pytest.approx(plain, rel=1e-12)
 
@@ -148,3 +142,52 @@ def test_ranks_share_the_trees(monkeypatch: pytest.MonkeyPatch) -> None:
     nll_R, count_R = sum(shares).numpy()
     assert all(share[1].any() for share in shares)
     assert (nll_R / count_R).mean() == pytest.approx(whole, rel=1e-12)
+
+
+def both_ways(store: ListStore) -> tuple[list[Batch], list[Batch]]:
+    """Micro-batches of a store as prefix trees, and as rows."""
+    layouter = Layouter(ComputeConfig(micro_batch_tokens=130), Ranks(), pad_token_id=0, layout="causal")
+    planted = layouter.as_trees(store.blocks)
+    assert planted is not None
+    return planted, list(layouter.as_rows(store.lengths, lambda rows: [store[row] for row in rows]))
+
+
+def test_gradients_and_hessians_are_those_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "WIDTH", 60)
+    model, store = make_neox(), templates("a", 30, seed=1)
+    planted, rows = both_ways(store)
+    assert sum(b["input_ids"].numel() for b in planted) < 0.8 * sum(b["input_ids"].numel() for b in rows)
+    assert sum(len(label_counts(batch)) for batch in planted) == len(store)
+    got, want = (summed_gradient(model, batches, example_nll_sum) for batches in (planted, rows))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    vector = torch.randn(len(got), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    got, want = (MeanHessian(model, batches, example_nll_sum, len(store))(vector) for batches in (planted, rows))
+    torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
+
+
+def test_without_labels_nothing_is_counted_but_the_parameters_take_part() -> None:
+    model = model_of("llama")
+    for batches in both_ways(templates("a", 30, seed=1)):
+        bare = without_labels(batches[0])
+        loss = example_nll_sum(model, bare)
+        loss.backward()
+        assert float(loss.detach()) == 0.0
+        assert not label_counts(bare).any()
+        assert all(p.grad is not None and not p.grad.any() for p in model.parameters())
+
+
+@pytest.mark.parametrize(("alike", "able"), [(True, True), (True, False), (False, True)])
+def test_steps_are_planted_where_rows_begin_alike_and_the_model_can(alike: bool, able: bool) -> None:
+    store = templates("a", 30, seed=1) if alike else ragged("a", 30, seed=1)
+    layouter = Layouter(ComputeConfig(), Ranks(), pad_token_id=0, layout="causal")
+    stream = BlockStream([store], batch_size=len(store), seed=0)
+    batches = MicroBatches({"train": stream}, layouter, with_trees=lambda: able)
+    for step in (0, 1):
+        assert all(is_tree(micro_batch["train"]) == (alike and able) for micro_batch in batches.at(step))
+
+
+def test_dropout_is_noticed() -> None:
+    assert not drops_out(make_neox())
+    assert drops_out(model_of("gpt2"))
+    config = AutoConfig.for_model("llama", vocab_size=97, hidden_size=16, attention_dropout=0.1, **SIZES["llama"])
+    assert drops_out(AutoModelForCausalLM.from_config(config))
