@@ -183,6 +183,7 @@ def test_a_lane_that_spans_two_nodes_and_loses_one_is_rebuilt_as_a_whole(nodes: 
     assert sums(records) == undisturbed(tmp_path)
 
 
+@pytest.mark.slow
 def test_without_any_node_left_the_run_ends_with_the_sum(nodes: Nodes, tmp_path: Path) -> None:
     first, second = nodes.add(), nodes.add()
     run = Background(tmp_path, start_timeout_s=20)

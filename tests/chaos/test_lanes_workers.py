@@ -110,7 +110,7 @@ def test_a_killed_worker_s_job_is_done_again_with_the_same_numbers(
     assert sums(records) == undisturbed
 
 
-@pytest.mark.parametrize(("scaling", "rank"), [(ONE, 0), (PAIR, 1)])
+@pytest.mark.parametrize(("scaling", "rank"), [pytest.param(ONE, 0, marks=pytest.mark.slow), (PAIR, 1)])
 def test_a_stopped_worker_counts_as_hung_and_is_replaced(
     ray: Cluster, tmp_path: Path, undisturbed: dict[str, float], scaling: dict[str, Any], rank: int
 ) -> None:

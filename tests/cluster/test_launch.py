@@ -64,7 +64,9 @@ def test_a_killed_worker_costs_less_than_a_checkpoint_interval_and_no_bit(ray: C
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("error", [NumericError("the loss is NaN"), KeyError("a bug")])
+@pytest.mark.parametrize(
+    "error", [NumericError("the loss is NaN"), pytest.param(KeyError("a bug"), marks=pytest.mark.slow)]
+)
 def test_what_one_worker_raises_comes_out_as_it_was_and_is_not_tried_again(
     ray: Cluster, tmp_path: Path, error: Exception
 ) -> None:
