@@ -25,8 +25,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 import torch
 import torch.nn.functional as F
+from texts import Texts
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
@@ -107,32 +107,6 @@ class Clock:
         now = time.perf_counter(), time.process_time()
         then, self._since = getattr(self, "_since", now), now
         return now[0] - then[0], now[1] - then[1]
-
-
-@dataclass(frozen=True)
-class Texts:
-    """Blocks in memory, with a store's interface."""
-
-    name: str
-    blocks: Sequence[Block]
-
-    @property
-    def digest(self) -> str:
-        return self.name
-
-    @property
-    def lengths(self) -> np.ndarray:
-        return np.array([len(block.input_ids) for block in self.blocks], np.int32)
-
-    @property
-    def label_counts(self) -> np.ndarray:
-        return np.array([(block.labels != -100).sum() for block in self.blocks], np.int32)
-
-    def __len__(self) -> int:
-        return len(self.blocks)
-
-    def __getitem__(self, index: int) -> Block:
-        return self.blocks[index]
 
 
 def block_of(ids: np.ndarray, segments: np.ndarray | None = None) -> Block:

@@ -22,6 +22,9 @@ every 16th. A model of 6M parameters, and one of 135M (from the package llm-smol
   at the batch size that is fastest here, in a bare loop: all cores on one set at a time, or a core for each of two
   sets, whichever is faster. Starting up, loading and everything else count nothing.
 
+Losses are compared at every evaluation, and the first steps once more in float64 (:mod:`untrac_agreement`): rounding
+does not stay small along an ascent with Adam, so of a large model the later losses agree in float32 only roughly.
+
 Memory is the greatest sum of proportional set sizes over the process tree. All take turns, ``--rounds`` times; but
 ``trainer-all``, whose threads spend most of their time waiting for each other, runs once.
 """
@@ -46,9 +49,7 @@ LR = 5e-5
 MODELS = ("small", "135m")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 """For the floor: what :func:`isoray.training.memory.keep_freed_memory` does, or it would not be the floor."""
-TOLERANCE = 1e-4
-"""Largest relative difference of two losses after the first 16 steps that counts as rounding. From there ascent
-amplifies it, the more so the larger the model: the loss has no floor to fall back to."""
+AGREEMENT_STEPS = 4
 
 
 def main() -> None:
@@ -347,7 +348,19 @@ def summarise(work: Work, outcomes: dict[str, list[Outcome]], floors: list[Floor
     )
     if ours is not None and theirs is not None:
         results |= confront(outcomes, table, ours, theirs)
+    results["agreement"] = found = measure_agreement(work)
+    print(f"difference of the weights after {found['steps']} steps, relative to how far they moved, at most:")
+    print(f"  {found['float64']:.0e} in float64, {found['float32']:.0e} in float32\n", flush=True)
     return results
+
+
+def measure_agreement(work: Work) -> dict[str, Any]:
+    """How far isoray's first steps on a set are from those of a loop by hand."""
+    with tempfile.TemporaryDirectory(dir=work.folder) as name:
+        spec = write_spec(work, Path(name) / "agreement", train=work.train["set_1"][:AGREEMENT_STEPS])
+        run([[sys.executable, str(HERE / "untrac_agreement.py"), str(spec)]], log=Path(name) / "log")
+        found: dict[str, Any] = json.loads((spec.parent / "out.json").read_text())
+    return found
 
 
 def confront(
@@ -364,9 +377,8 @@ def confront(
     print(f"\n{ours} is {results['speedup']:.2f} times as fast as {theirs}, with {results['memory']:.2f} of its memory")
     for name, scores in results["scores"].items():
         print(f"scores {name:14} " + "  ".join(f"{corpus} {score:.6f}" for corpus, score in scores.items()))
-    verdict = "rounding" if max(differences[:2]) < TOLERANCE else "MORE THAN ROUNDING"
-    print(f"largest relative difference of the losses at each evaluation ({verdict} at the start):")
-    print("  " + " ".join(f"{difference:.0e}" for difference in differences) + "\n", flush=True)
+    print("largest relative difference of the losses at each evaluation:")
+    print("  " + " ".join(f"{difference:.0e}" for difference in differences))
     return results
 
 
