@@ -24,23 +24,45 @@ from isoray.training.parallel import Ranks
 Layout = Literal["causal", "seq2seq"]
 
 
+RUN_COST = 64
+"""What a further micro-batch costs, in tokens: its gradients are added to those before, and small products are slow."""
+
+
 def cut(lengths: np.ndarray, *, world: int, max_tokens: int, max_rows: int | None) -> list[list[list[int | None]]]:
     """Micro-batches of every rank: ``plan[rank][micro_batch]`` lists row numbers; None stands for an empty row.
 
-    Every rank gets as many micro-batches with as many rows as every other, as collectives need.
+    Every rank gets as many micro-batches with as many rows as every other, as collectives need. Rows come in descending
+    length, and the cuts are those with the least padding and the fewest micro-batches.
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     slots = [order[i : i + world] for i in range(0, len(order), world)]
+    longest = [max(int(lengths[slot[0]]), 1) for slot in slots]
     plan: list[list[list[int | None]]] = [[] for _ in range(world)]
-    start = 0
-    while start < len(slots):
-        longest = max(int(lengths[slots[start][0]]), 1)  # sorted, so the first row of a run is its longest
-        rows = max(1, max_tokens // longest)
-        stop = min(len(slots), start + (rows if max_rows is None else min(rows, max_rows)))
+    for start, stop in _cheapest_runs(longest, max_tokens=max_tokens, max_rows=max_rows):
         for rank in range(world):
             plan[rank].append([slot[rank] if rank < len(slot) else None for slot in slots[start:stop]])
-        start = stop
     return plan
+
+
+def _cheapest_runs(longest: list[int], *, max_tokens: int, max_rows: int | None) -> list[tuple[int, int]]:
+    """Cut descending lengths into runs so that padded tokens plus ``RUN_COST`` a run are fewest: ``(start, stop)``."""
+    best, begins = [0], [0]  # of the first n lengths: the least cost, and where the last run begins
+    for stop in range(1, len(longest) + 1):
+        choices: list[tuple[int, int]] = []
+        for start in range(stop - 1, -1, -1):
+            rows, tokens = stop - start, (stop - start) * longest[start]
+            if rows > 1 and (tokens > max_tokens or (max_rows is not None and rows > max_rows)):
+                break
+            choices.append((best[start] + tokens + RUN_COST, start))
+        cost, begin = min(choices)
+        best.append(cost)
+        begins.append(begin)
+    runs: list[tuple[int, int]] = []
+    stop = len(longest)
+    while stop > 0:
+        runs.append((begins[stop], stop))
+        stop = begins[stop]
+    return runs[::-1]
 
 
 def to_batch(

@@ -138,9 +138,9 @@ class EarlyUpdates:
     """Updates weights while the backward pass still runs, so that their gradients need not exist all at once.
 
     Gradients are used up and dropped in portions of ``portion`` bytes, in the order in which they become ready; small
-    portions make steps slower, as what they free is seldom what the next gradients need. The optimizers here treat every
-    parameter by itself, so the weights are, bit for bit, those of an update at the end. PyTorch refuses a backward pass
-    that still needs a weight which was changed.
+    portions make steps slower, as what they free is seldom what the next gradients need. The optimizers here treat
+    every parameter by itself, so the weights are, bit for bit, those of an update at the end. PyTorch refuses a
+    backward pass that still needs a weight which was changed.
     """
 
     def __init__(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter], *, portion: int = 128 * 2**20) -> None:
