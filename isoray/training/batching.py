@@ -36,7 +36,7 @@ def cut(lengths: np.ndarray, *, world: int, max_tokens: int, max_rows: int | Non
     """
     order = np.argsort(-lengths, kind="stable").tolist()
     slots = [order[i : i + world] for i in range(0, len(order), world)]
-    longest = [max(int(lengths[slot[0]]), 1) for slot in slots]
+    longest = np.array([max(int(lengths[slot[0]]), 1) for slot in slots], np.int64)
     plan: list[list[list[int | None]]] = [[] for _ in range(world)]
     for start, stop in _cheapest_runs(longest, max_tokens=max_tokens, max_rows=max_rows):
         for rank in range(world):
@@ -44,24 +44,23 @@ def cut(lengths: np.ndarray, *, world: int, max_tokens: int, max_rows: int | Non
     return plan
 
 
-def _cheapest_runs(longest: list[int], *, max_tokens: int, max_rows: int | None) -> list[tuple[int, int]]:
+def _cheapest_runs(longest: np.ndarray, *, max_tokens: int, max_rows: int | None) -> list[tuple[int, int]]:
     """Cut descending lengths into runs so that padded tokens plus ``RUN_COST`` a run are fewest: ``(start, stop)``."""
-    best, begins = [0], [0]  # of the first n lengths: the least cost, and where the last run begins
+    # Of the first n lengths: the least cost, and where the last run begins.
+    best, begins = np.zeros(len(longest) + 1, np.int64), np.zeros(len(longest) + 1, np.int64)
     for stop in range(1, len(longest) + 1):
-        choices: list[tuple[int, int]] = []
-        for start in range(stop - 1, -1, -1):
-            rows, tokens = stop - start, (stop - start) * longest[start]
-            if rows > 1 and (tokens > max_tokens or (max_rows is not None and rows > max_rows)):
-                break
-            choices.append((best[start] + tokens + RUN_COST, start))
-        cost, begin = min(choices)
-        best.append(cost)
-        begins.append(begin)
+        most = max(1, min(max_tokens // int(longest[stop - 1]), max_rows or stop))
+        starts = np.arange(max(0, stop - most), stop)
+        tokens = (stop - starts) * longest[starts]
+        tokens[:-1][tokens[:-1] > max_tokens] = np.iinfo(np.int32).max  # a row alone always fits
+        costs = best[starts] + tokens + RUN_COST
+        begins[stop] = starts[costs.argmin()]
+        best[stop] = costs.min()
     runs: list[tuple[int, int]] = []
     stop = len(longest)
     while stop > 0:
-        runs.append((begins[stop], stop))
-        stop = begins[stop]
+        runs.append((int(begins[stop]), stop))
+        stop = int(begins[stop])
     return runs[::-1]
 
 
