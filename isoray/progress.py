@@ -12,6 +12,8 @@ if TYPE_CHECKING:
 
 QUIET_SECONDS = 10.0
 """In a log (not a terminal), lines about one phase are at least so far apart, but for its first and last."""
+TELLING = 1e-3
+"""How much of a job must be done before its pace says anything about the time left."""
 
 
 class Phase:
@@ -59,10 +61,11 @@ class Phase:
         if self._bar is not None:
             self._bar.update(self._bar.task_ids[0], completed=self.finished, note=self._note, k=self._current())
         elif time.monotonic() - self._printed >= QUIET_SECONDS:
-            whole = round(self.finished, 6).is_integer()
+            whole = self.finished > TELLING and round(self.finished, 6).is_integer()
             job = f"job {round(self.finished)}/{self.jobs} done" if whole else f"job {self._current()}/{self.jobs}"
             note = f" ({self._note})" if self._note else ""
-            self._say(f"{self.name}: {job}{note}, about {clock(self.seconds_left())} left")
+            left = f", about {clock(self.seconds_left())} left" if self.finished > TELLING else ""
+            self._say(f"{self.name}: {job}{note}{left}")
 
     def note(self, message: str) -> None:
         """Say something that a person should see, beside the progress."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from isoray.attribution.arnoldi import save_eigenpairs
-from isoray.attribution.config import ArnoldiConfig, LissaConfig
+from isoray.attribution.config import ArnoldiConfig, HessianConfig, LissaConfig
 from isoray.attribution.gradient import LossSums, summed_gradient
 from isoray.attribution.hessian import MeanHessian
 from isoray.attribution.lissa import choose_step_size, save_inverse_product
@@ -205,9 +205,8 @@ class Gradient:
         store = bench.test[self.of] if self.role == "test" else bench.train[self.of]
         examples = store if self.role == "test" else sample(store, most=self.most, seed=self.seed)
         model = bench.start(self.start).model
-        gradient_P = bench.ranks.sum(
-            summed_gradient(model, bench.batches(examples, rows=self.rows, share=True), loss_sums(bench))
-        )
+        batches = list(bench.batches(examples, rows=self.rows, share=True))
+        gradient_P = bench.ranks.sum(summed_gradient(model, batches, loss_sums(bench, passes=len(batches))))
         if bench.is_first:
             save_vector(self.path, gradient_P.cpu().numpy())
         return {"norm": float(torch.linalg.vector_norm(gradient_P, dtype=torch.float64))}
@@ -223,11 +222,19 @@ class InverseProducts:
     """Test sets' gradients at the trained model."""
     paths: Mapping[str, Path] = field(compare=False)
     """Where their products go."""
-    cost: float = 1e9
 
     @property
     def key(self) -> str:
         return f"lissa-{self.seed}"
+
+    @property
+    def cost(self) -> float:
+        return float(self._products * self.config.examples)
+
+    @property
+    def _products(self) -> int:
+        searched = self.config.power_iterations if self.config.step_size is None else 0
+        return searched + self.config.iterations * len(self.gradients)
 
     def written(self) -> bool:
         """Whether the products are on disk."""
@@ -237,13 +244,12 @@ class InverseProducts:
         """``{"step_size", "diverged": {test: bool}}``. Rank 0 works alone."""
         if not bench.is_first:
             return {}
-        hessian = mean_hessian(bench, examples=self.config.examples, rows=self.config.micro_batch, seed=self.seed)
+        hessian = mean_hessian(bench, self.config, seed=self.seed, products=self._products)
         step_size = choose_step_size(hessian, self.config, seed=self.seed)
         diverged = {}
-        for number, (test, gradient) in enumerate(self.gradients.items()):
+        for test, gradient in self.gradients.items():
             report = save_inverse_product(hessian, gradient, self.paths[test], self.config, step_size=step_size)
             diverged[test] = report.diverged
-            bench.progress((number + 1) / len(self.gradients))
         return {"step_size": step_size, "diverged": diverged}
 
 
@@ -254,11 +260,14 @@ class DominantEigenpairs:
     config: ArnoldiConfig
     seed: int
     folder: Path = field(compare=False)
-    cost: float = 1e9
 
     @property
     def key(self) -> str:
         return f"arnoldi-{self.seed}"
+
+    @property
+    def cost(self) -> float:
+        return float(self.config.dimension * self.config.examples)
 
     def written(self) -> bool:
         """Whether the eigenpairs are on disk."""
@@ -268,25 +277,35 @@ class DominantEigenpairs:
         """``{"eigenvalues": [...], "asymmetry"}``. Rank 0 works alone."""
         if not bench.is_first:
             return {}
-        hessian = mean_hessian(bench, examples=self.config.examples, rows=self.config.micro_batch, seed=self.seed)
+        hessian = mean_hessian(bench, self.config, seed=self.seed, products=self.config.dimension)
         pairs = save_eigenpairs(hessian, self.folder, self.config, seed=self.seed)
         return {"eigenvalues": pairs.values.tolist(), "asymmetry": pairs.asymmetry}
 
 
-def loss_sums(bench: Workbench) -> LossSums:
-    """The summed loss whose gradients the baselines compare: of examples, or of tokens."""
+def loss_sums(bench: Workbench, *, passes: int) -> LossSums:
+    """The summed loss whose gradients the baselines compare, of examples or of tokens; a job calls it ``passes`` times.
+
+    Each pass is told as progress: a Hessian of many examples takes longer than a worker may be silent.
+    """
+    done = 0
 
     def summed(model: nn.Module, batch: Batch) -> Tensor:
-        bench.alive()  # a Hessian of many examples takes longer than a worker may be silent
+        nonlocal done
+        bench.progress(min(1.0, done / passes))
+        done += 1
         return example_nll_sum(model, batch) if bench.average == "example" else token_nll(model, batch).nll_N.sum()
 
     return summed
 
 
-def mean_hessian(bench: Workbench, *, examples: int, rows: int, seed: int) -> MeanHessian:
-    """The Hessian of the mean loss over ``examples`` blocks drawn from the whole mixture, at the trained model."""
-    stream = BlockStream(list(bench.train.values()), batch_size=examples, seed=seed)
+def mean_hessian(bench: Workbench, config: HessianConfig, *, seed: int, products: int) -> MeanHessian:
+    """The Hessian of the mean loss over blocks drawn from the whole mixture, at the trained model.
+
+    ``products`` is how often it will be multiplied by a vector, for the progress.
+    """
+    stream = BlockStream(list(bench.train.values()), batch_size=config.examples, seed=seed)
     blocks = stream.load(stream.refs(0)[: sum(map(len, stream.stores))])
-    batches = list(bench.batches(blocks, rows=rows, share=False))
+    batches = list(bench.batches(blocks, rows=config.micro_batch, share=False))
     counted = len(blocks) if bench.average == "example" else int(sum(int(label_counts(b).sum()) for b in batches))
-    return MeanHessian(bench.start("trained").model, batches, loss_sums(bench), examples=counted)
+    sums = loss_sums(bench, passes=products * len(batches))
+    return MeanHessian(bench.start("trained").model, batches, sums, examples=counted)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -60,8 +60,8 @@ class Workbench:
         self.average = plan.average
         self.digest = plan.digest
         self.compute = plan.compute
-        self._tell: Callable[[float], None] = rank.progress
-        self._fraction = 0.0
+        self.progress = rank.progress
+        """Tell how much of the current job is done, from 0 to 1; it also proves that the job is alive."""
         self.train = {store.name: store for store in map(BlockStore.open, plan.train)}
         self.test = {store.name: store for store in map(BlockStore.open, plan.test)}
         self._plan = plan
@@ -73,7 +73,6 @@ class Workbench:
 
     def start(self, name: str) -> Parallel:
         """The model with the weights of ``name``, ready to train or to evaluate; no gradients, no optimizer state."""
-        self._fraction = 0.0
         give_freed_memory_back()  # of the last job's optimizer
         if self._plan.options.adapter is not None:
             # An adapter's snapshot leaves out the frozen weights, which differ between starts.
@@ -87,15 +86,6 @@ class Workbench:
                 self._snapshots[name] = Snapshot(other, self._plan.starts[name])
         self._snapshots[name].restore(self.parallel.model)
         return self.parallel
-
-    def progress(self, fraction: float) -> None:
-        """Tell how much of the current job is done, from 0 to 1."""
-        self._fraction = fraction
-        self._tell(fraction)
-
-    def alive(self) -> None:
-        """Tell that the current job goes on, without saying how far it is."""
-        self._tell(self._fraction)
 
     def losses(self, sets: Mapping[str, Blocks]) -> SetLosses:
         """An evaluator of ``sets``; the same one where an earlier job watched them."""
