@@ -90,10 +90,9 @@ def plant(blocks: Sequence[Block], *, first: int = 0) -> list[Tree] | None:
     return trees if trees and saves else None
 
 
-def cut(trees: Sequence[Tree], *, max_tokens: int, max_rows: int | None = None) -> Iterator[Sequence[Tree]]:
-    """The trees in order, in runs of at most ``max_rows`` whose number x widest stays within ``max_tokens``."""
+def cut(trees: Sequence[Tree], *, max_tokens: int) -> Iterator[Sequence[Tree]]:
+    """The trees in order, in runs whose number x widest stays within ``max_tokens``, of at least one tree."""
     rows = max(1, max_tokens // max(map(len, trees)))
-    rows = rows if max_rows is None else min(rows, max_rows)
     return (trees[start : start + rows] for start in range(0, len(trees), rows))
 
 

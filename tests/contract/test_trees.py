@@ -165,6 +165,19 @@ def test_gradients_and_hessians_are_those_of_rows(monkeypatch: pytest.MonkeyPatc
     torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-10)
 
 
+def test_a_bound_of_rows_bounds_the_tokens_of_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trees, "WIDTH", 60)
+    store = templates("a", 60, seed=1)
+    layouter = Layouter(ComputeConfig(), Ranks(), pad_token_id=0, layout="causal")
+    sizes = {}
+    for rows in (None, 4, 1):
+        planted = layouter.as_trees(store.blocks, max_rows=rows)
+        assert planted is not None
+        sizes[rows] = max(batch["input_ids"].numel() for batch in planted)
+    longest = int(store.lengths.max())
+    assert sizes[1] <= 60 < sizes[4] <= 4 * longest < sizes[None]
+
+
 def test_without_labels_nothing_is_counted_but_the_parameters_take_part() -> None:
     model = model_of("llama")
     for batches in both_ways(templates("a", 30, seed=1)):
