@@ -116,20 +116,23 @@ class Layouter:
             )
 
     def as_trees(self, blocks: Sequence[Block], *, max_rows: int | None = None) -> list[dict[str, Tensor]] | None:
-        """This rank's micro-batches of ``blocks`` as prefix trees; None where they save too little.
+        """This rank's micro-batches of ``blocks`` as prefix trees; None where they save too little, or are too few for
+        every rank to have one.
 
         With ``max_rows`` a micro-batch has at most the tokens of so many blocks (and at least one tree): a tree stands
         for many of them, so that counting trees would not bound the memory.
         """
-        if self._layout != "causal" or (planted := trees.plant(blocks)) is None:
+        world = self._ranks.world
+        if self._layout != "causal" or (planted := trees.plant(blocks)) is None or len(planted) < world:
             return None
         max_rows = self._max_rows if max_rows is None else max_rows
         longest = max(len(block.input_ids) for block in blocks)
         most = self._max_tokens if max_rows is None else min(self._max_tokens, max_rows * longest)
-        chunks = list(trees.cut(planted, max_tokens=most))
-        mine = [self._tree_batch(chunk) for chunk in chunks[self._ranks.rank :: self._ranks.world]]
+        fair = -(-len(planted) // world) * max(map(len, planted))
+        chunks = list(trees.cut(planted, max_tokens=min(most, fair)))
+        mine = [self._tree_batch(chunk) for chunk in chunks[self._ranks.rank :: world]]
         # Every rank gets as many as every other, as collectives need.
-        missing = -(-len(chunks) // self._ranks.world) - len(mine)
+        missing = -(-len(chunks) // world) - len(mine)
         return mine + [without_labels(self._tree_batch(chunks[0]))] * missing
 
     def _tree_batch(self, planted: Sequence[trees.Tree]) -> dict[str, Tensor]:

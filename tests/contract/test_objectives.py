@@ -139,7 +139,7 @@ def test_training_moves_each_term_its_way(kind: str, tiny_model: Callable[..., n
 
 RANKED = [
     (strategy, make, rows)
-    for make, rows in [(ragged, ROWS), (ragged, 5), (ragged, 1), (templates, 20)]
+    for make, rows in [(ragged, ROWS), (ragged, 5), (ragged, 1), (templates, 300)]
     for strategy in ("ddp", "fsdp")
 ]
 

@@ -178,6 +178,23 @@ def test_a_bound_of_rows_bounds_the_tokens_of_trees(monkeypatch: pytest.MonkeyPa
     assert sizes[1] <= 60 < sizes[4] <= 4 * longest < sizes[None]
 
 
+def test_every_rank_has_its_part_or_there_are_no_trees(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = templates("a", 40, seed=1)
+    for width, shared in ((60, True), (256, False)):
+        monkeypatch.setattr(trees, "WIDTH", width)
+        assert (len(trees.plant(store.blocks) or ()) > 1) == shared
+        counted = 0
+        for rank in range(2):
+            ranks = Ranks(rank, 2, torch.device("cpu"))
+            planted = Layouter(ComputeConfig(), ranks, pad_token_id=0, layout="causal").as_trees(store.blocks)
+            assert (planted is not None) == shared
+            counts = [int(label_counts(batch).sum()) for batch in planted or ()]
+            assert not shared or sum(counts) > 0
+            counted += sum(counts)
+        expected = sum(int((block.labels[1:] != -100).sum()) for block in store.blocks)
+        assert not shared or counted == expected
+
+
 def test_without_labels_nothing_is_counted_but_the_parameters_take_part() -> None:
     model = model_of("llama")
     for batches in both_ways(templates("a", 30, seed=1)):
