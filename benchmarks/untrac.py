@@ -50,6 +50,9 @@ MODELS = ("small", "135m")
 KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**40), "MALLOC_TOP_PAD_": str(2**26)}
 """For the floor: what :func:`isoray.training.memory.keep_freed_memory` does, or it would not be the floor."""
 AGREEMENT_STEPS = 4
+"""How many of a set's first steps are compared weight by weight; few, because float64 is slow."""
+ROUNDING = 1e-9
+"""Largest difference of the weights in float64, relative to how far they moved, that counts as rounding."""
 
 
 def main() -> None:
@@ -350,7 +353,8 @@ def summarise(work: Work, outcomes: dict[str, list[Outcome]], floors: list[Floor
         results |= confront(outcomes, table, ours, theirs)
     results["agreement"] = found = measure_agreement(work)
     print(f"difference of the weights after {found['steps']} steps, relative to how far they moved, at most:")
-    print(f"  {found['float64']:.0e} in float64, {found['float32']:.0e} in float32\n", flush=True)
+    verdict = "rounding" if found["float64"] < ROUNDING else "MORE THAN ROUNDING"
+    print(f"  {found['float64']:.0e} in float64 ({verdict}), {found['float32']:.0e} in float32\n", flush=True)
     return results
 
 
