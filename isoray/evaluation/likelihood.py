@@ -87,10 +87,9 @@ class SetLosses:
                 plain[rows] = False
                 chunks += trees.cut(planted, max_tokens=self._max_tokens)
         chunks += _chunks(np.flatnonzero(plain), lengths, self._max_tokens)
-        mine = chunks[self._ranks.rank :: self._ranks.world]
         # With FSDP every forward pass is a collective: a rank without a last batch runs along, on one that counts not.
-        idle = -(-len(chunks) // self._ranks.world) - len(mine)
-        return [self._batch(chunk, counts=True) for chunk in mine] + [self._batch(chunks[0], counts=False)] * idle
+        mine, missing = self._ranks.deal(chunks)
+        return [self._batch(chunk, counts=True) for chunk in mine] + [self._batch(chunks[0], counts=False)] * missing
 
     def _batch(self, chunk: Sequence[int] | Sequence[trees.Tree], *, counts: bool) -> _Batch:
         device = self._ranks.device

@@ -130,10 +130,8 @@ class Layouter:
         most = self._max_tokens if max_rows is None else min(self._max_tokens, max_rows * longest)
         fair = -(-len(planted) // world) * max(map(len, planted))
         chunks = list(trees.cut(planted, max_tokens=min(most, fair)))
-        mine = [self._tree_batch(chunk) for chunk in chunks[self._ranks.rank :: world]]
-        # Every rank gets as many as every other, as collectives need.
-        missing = -(-len(chunks) // world) - len(mine)
-        return mine + [without_labels(self._tree_batch(chunks[0]))] * missing
+        mine, missing = self._ranks.deal(chunks)
+        return [self._tree_batch(chunk) for chunk in mine] + [without_labels(self._tree_batch(chunks[0]))] * missing
 
     def _tree_batch(self, planted: Sequence[trees.Tree]) -> dict[str, Tensor]:
         return trees.to_batch(planted, pad_token_id=self._pad, device=self._ranks.device)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -18,6 +18,7 @@ from isoray.training.config import ComputeConfig
 from isoray.training.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,14 @@ class Ranks:
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
+
+    def deal(self, parts: Sequence[T]) -> tuple[Sequence[T], int]:
+        """This rank's share of ``parts``, dealt in turn, and how many it has fewer than the first rank.
+
+        A pass through the model may be a collective operation: then all ranks must make as many.
+        """
+        mine = parts[self.rank :: self.world]
+        return mine, -(-len(parts) // self.world) - len(mine)
 
     def barrier(self) -> None:
         """Wait for the other ranks."""

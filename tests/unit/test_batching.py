@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from isoray.training.batching import RUN_COST, cut
+from isoray.training.parallel import Ranks
 
 
 def cheapest(lengths: np.ndarray, *, max_tokens: int, max_rows: int | None) -> int:
@@ -44,3 +45,10 @@ def test_every_rank_gets_as_many_micro_batches_and_rows(rows: int) -> None:
     assert [len(part) for part in one] == [len(part) for part in other] == [len(part) for part in third]
     dealt = [row for rank in (one, other, third) for part in rank for row in part if row is not None]
     assert sorted(dealt) == list(range(rows))
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 7])
+def test_every_part_is_dealt_once_and_what_is_missing_makes_the_shares_equal(parts: int) -> None:
+    shares = [Ranks(rank, 3).deal(range(parts)) for rank in range(3)]
+    assert sorted(part for mine, _ in shares for part in mine) == list(range(parts))
+    assert {len(mine) + missing for mine, missing in shares} == {-(-parts // 3)}
