@@ -130,26 +130,33 @@ def _own_ray(cores: int) -> Iterator[Cluster]:
         import ray
 
         try:
-            try:
-                ray.init(
-                    address="local",
-                    num_cpus=cores + HELPER_CPUS,
-                    object_store_memory=OBJECT_STORE_BYTES,
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                    log_to_driver=False,
-                    _temp_dir=str(folder),
-                )
-            except Exception as error:  # Ray raises bare ones here, such as for a start that took over 30 s
-                raise InfraError(
-                    f"Ray did not start on this machine: {error} Run the same command again when the machine has less "
-                    "to do and memory to spare"
-                ) from error
+            _start(cores, folder)
             yield Cluster(None, cores)
         finally:
             ray.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
             os.close(lock)
+
+
+def _start(cores: int, folder: Path) -> None:
+    """Start Ray on this machine, with its files in ``folder``, and connect to it; raises InfraError."""
+    import ray
+
+    try:
+        ray.init(
+            address="local",
+            num_cpus=cores + HELPER_CPUS,
+            object_store_memory=OBJECT_STORE_BYTES,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=False,
+            _temp_dir=str(folder),
+        )
+    except Exception as error:  # Ray raises bare ones here, such as for a start that took over 30 s
+        raise InfraError(
+            f"Ray did not start on this machine: {error} Run the same command again when the machine has less "
+            "to do and memory to spare"
+        ) from error
 
 
 def _lock(folder: Path) -> int:
