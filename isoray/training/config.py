@@ -25,7 +25,7 @@ class ComputeConfig(Config):
     parallel: Literal["ddp", "fsdp"] = "ddp"
     """With several workers: replicate the model (`ddp`) or shard it (`fsdp`, FSDP2)."""
     activation_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third more time."""
+    """Recompute activations in the backward pass: less memory, more time."""
     compile: bool = False
     """`torch.compile` of the transformer blocks."""
 
