@@ -68,15 +68,15 @@ def influence(plan: Plan, records: Records) -> Influence:
 def _add_baselines(found: Influence, plan: Plan, seed: int) -> None:
     baselines = plan.baselines
 
-    def train_at(start: str) -> scores.Paths:
+    def of_corpora(start: str) -> scores.Paths:
         return {store.name: plan.vector("train", start, store.name, seed) for store in plan.train}
 
-    def test_at(start: str) -> scores.Paths:
+    def of_tests(start: str) -> scores.Paths:
         return {store.name: plan.vector("test", start, store.name, plan.seed) for store in plan.test}
 
     if baselines.gradient is not None:
-        found.add("grad_dot", seed, scores.grad_dot(train_at("trained"), test_at("trained")))
-        found.add("grad_cos", seed, scores.grad_cos(train_at("trained"), test_at("trained")))
+        found.add("grad_dot", seed, scores.grad_dot(of_corpora("trained"), of_tests("trained")))
+        found.add("grad_cos", seed, scores.grad_cos(of_corpora("trained"), of_tests("trained")))
     if baselines.tracin is not None:
         rates = None
         if baselines.tracin.learning_rates == "schedule":
@@ -88,8 +88,8 @@ def _add_baselines(found: Influence, plan: Plan, seed: int) -> None:
             "tracin",
             seed,
             scores.tracin(
-                [train_at(start) for start in plan.starts],
-                [test_at(start) for start in plan.starts],
+                [of_corpora(start) for start in plan.starts],
+                [of_tests(start) for start in plan.starts],
                 normalise_train=baselines.tracin.normalise_train,
                 learning_rates=rates,
             ),
@@ -99,7 +99,7 @@ def _add_baselines(found: Influence, plan: Plan, seed: int) -> None:
         found.add(
             "hif_lissa",
             seed,
-            scores.hif_lissa(train_at("trained"), inverse, normalise_train=baselines.lissa.normalise_train),
+            scores.hif_lissa(of_corpora("trained"), inverse, normalise_train=baselines.lissa.normalise_train),
         )
     if baselines.arnoldi is not None:
         pairs = Eigenpairs.open(plan.eigenpairs(seed))
@@ -107,7 +107,7 @@ def _add_baselines(found: Influence, plan: Plan, seed: int) -> None:
         found.add(
             "hif_arnoldi",
             seed,
-            scores.hif_arnoldi(train_at("trained"), test_at("trained"), pairs, normalise_train=normalise),
+            scores.hif_arnoldi(of_corpora("trained"), of_tests("trained"), pairs, normalise_train=normalise),
         )
 
 

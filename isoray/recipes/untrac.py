@@ -187,6 +187,7 @@ class UnTrac(Recipe):
         losses = StoreLosses(tuple(store.folder for store in corpora.test), config.compute, config.loss)
 
         def fit(folder: Path) -> Fit:
+            """The training as a task for the workers; ``folder`` is the step's, known only when it starts."""
             return Fit(
                 start=start,
                 out=folder,

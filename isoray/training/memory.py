@@ -53,9 +53,9 @@ def keep_freed_memory() -> None:
     """Let the C library keep what PyTorch frees for the next time, instead of giving it back to the system.
 
     A training step frees and takes gradients and activations anew. glibc maps large blocks afresh each time and gives
-    them back; the system then has to clear and map every page again, which costs a good
-    part of a step. Without effect where the C library is another one. glibc serves blocks above 64 MB outside the main
-    thread in this way only if ``MALLOC_ARENA_MAX=1`` is in the environment when the process starts.
+    them back; the system then has to clear and map every page again, which costs a good part of a step. Without effect
+    where the C library is another one. glibc serves blocks above 64 MB outside the main thread in this way only if
+    ``MALLOC_ARENA_MAX=1`` is in the environment when the process starts.
     """
     if (library := _glibc()) is not None:
         library.mallopt(_M_MMAP_MAX, 0)

@@ -251,11 +251,11 @@ def test_influence_has_the_sign_and_size_of_leaving_a_corpus_out(tmp_path: Path)
         optimizer.step(closure)
         return model
 
-    def test_loss(model: nn.Module) -> float:
+    def loss_on_test(model: nn.Module) -> float:
         return F.binary_cross_entropy_with_logits(model(test["x"])[:, 0], test["y"], reduction="sum").item()
 
     model = optimum(list(corpora))
-    truth = {name: test_loss(optimum([n for n in corpora if n != name])) - test_loss(model) for name in corpora}
+    truth = {name: loss_on_test(optimum([n for n in corpora if n != name])) - loss_on_test(model) for name in corpora}
     train = {name: tmp_path / f"{name}.npy" for name in corpora}
     for name, path in train.items():
         save_gradient(model, [corpora[name]], ridge_losses, path)

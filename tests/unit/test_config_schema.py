@@ -49,7 +49,7 @@ BAD: list[dict[str, Any]] = [
 
 @pytest.mark.parametrize("document", GOOD)
 def test_valid_files_pass(document: dict[str, Any], toy_schema: dict[str, Any]) -> None:
-    Draft202012Validator(toy_schema).validate(document)
+    assert [error.message for error in Draft202012Validator(toy_schema).iter_errors(document)] == []
 
 
 @pytest.mark.parametrize("document", BAD)
