@@ -1,0 +1,1 @@
+"""Generation from the contrast of models: one operator (`contrast`), one engine per file, batches of prompts on Ray."""
