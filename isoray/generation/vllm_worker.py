@@ -1,0 +1,37 @@
+"""What the vLLM engine asks of vLLM's workers, wherever they run: methods that vLLM adds to its worker class."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from isoray.generation.contrast import Role
+from isoray.generation.vllm_loader import reload_weights
+from isoray.generation.vllm_model import ContrastForCausalLM
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker (``worker_extension_cls``) and called by name, so that nothing is pickled."""
+
+    model_runner: Any
+
+    def _isoray_model(self) -> ContrastForCausalLM:
+        model = self.model_runner.get_model()
+        assert isinstance(model, ContrastForCausalLM)
+        return model
+
+    def isoray_alone(self, role: Role | None) -> None:
+        """Give out the logits of one model, or of the contrast again (None)."""
+        self._isoray_model().alone = role
+
+    def isoray_broken(self) -> dict[str, list[str]]:
+        """Requests for which models gave numbers that are none, and which; forgotten then."""
+        rows = self._isoray_model().rows
+        broken, rows.broken = rows.broken, {}
+        return broken
+
+    def isoray_update(self, role: Role, folder: str) -> None:
+        """Replace weights of one model by those in ``folder``."""
+        runner = self.model_runner
+        part = self._isoray_model().parts[role]
+        reload_weights(part, runner.model_config, runner.vllm_config.load_config, Path(folder))
