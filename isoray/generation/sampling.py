@@ -9,14 +9,15 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from isoray.config.base import Config
+from isoray.generation.contrast import Gamma
 
 
 class SamplingConfig(Config):
@@ -27,14 +28,15 @@ class SamplingConfig(Config):
     temperature: float = Field(default=1.0, ge=0, allow_inf_nan=False)
     """Scores are divided by it before a token is drawn. 0: the best token is taken."""
     top_k: int = Field(default=0, ge=0)
-    """Only so many of the best tokens may be drawn. 0: all. (Transformers' own default, and so that of UniDetox's
-    published code, is 50.)"""
+    """Only so many of the best tokens may be drawn, and what equals the last of them. 0: all. (Transformers' own
+    default, and so that of UniDetox's published code, is 50.)"""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Only the best tokens that together reach this probability may be drawn."""
+    """Only the best tokens that together reach this probability may be drawn, and what equals the last of them."""
     eos: Literal["stop", "ignore", "forbid"] = "stop"
     """The end-of-text token ends the text; is drawn like any other (`ignore`); or has no probability (`forbid`)."""
     stop: tuple[str, ...] = ()
-    """A text ends before the first of these strings that it contains."""
+    """A text ends before the first of these strings that it contains. (With beams it is cut there once it is
+    finished.)"""
     beams: int = Field(default=1, ge=1)
     """Above 1: this many beams, of which the best is the text. With a temperature of 0 beam search, else beam sampling
     (CGE): twice as many candidates are drawn from the softmax of the beams' cumulative scores, the best go on."""
@@ -42,8 +44,16 @@ class SamplingConfig(Config):
     """Finished beams compare by score / length^length_penalty. 0: by the cumulative score itself."""
     alpha: float | None = Field(default=None, ge=0, le=1)
     """In place of the contrast's own."""
-    gamma: float | None = Field(default=None, ge=0)
+    gamma: Gamma | None = None
     """In place of the contrast's own."""
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.beams > 1 and (self.top_k or self.top_p < 1):
+            raise ValueError(
+                "`top_k` and `top_p` are for texts that are drawn token by token: leave out them or `beams`"
+            )
+        return self
 
 
 def seed_of(seed: int, index: int) -> int:
@@ -52,8 +62,8 @@ def seed_of(seed: int, index: int) -> int:
 
 
 def uniforms(seed: int, count: int) -> np.ndarray:
-    """``count`` numbers in [0, 1), float64, a function of ``seed`` alone."""
-    return np.random.Generator(np.random.Philox(seed)).random(count)
+    """``count`` numbers in [0, 1), float64, a function of ``seed`` (modulo 2^64) alone; fewer are the first of more."""
+    return np.random.Generator(np.random.Philox(seed % 2**64)).random(count)
 
 
 def draw(scores_BV: Tensor, uniform_B: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
@@ -61,16 +71,13 @@ def draw(scores_BV: Tensor, uniform_B: Tensor, params: Sequence[SamplingConfig])
 
     ``scores_BV`` (float32) may hold -inf, but not only. A row's token does not depend on the other rows.
     """
+    chance = [row for row, one in enumerate(params) if one.temperature > 0]
+    if not chance:
+        return scores_BV.argmax(-1)
+    if len(chance) == len(params):
+        return _draw(scores_BV, uniform_B, params)
     tokens_B = scores_BV.argmax(-1)
-    plain = [row for row, one in enumerate(params) if one.temperature > 0 and not _cut(one)]
-    cut = [row for row, one in enumerate(params) if one.temperature > 0 and _cut(one)]
-    for rows, pick in ((plain, _inverse), (cut, _inverse_of_cut)):
-        if rows:
-            every = len(rows) == len(params)
-            chosen = [params[row] for row in rows]
-            temperature_B = scores_BV.new_tensor([one.temperature for one in chosen])
-            scores_RV = (scores_BV if every else scores_BV[rows]) / temperature_B[:, None]
-            tokens_B[rows] = pick(scores_RV, uniform_B if every else uniform_B[rows], chosen)
+    tokens_B[chance] = _draw(scores_BV[chance], uniform_B[chance], [params[row] for row in chance])
     return tokens_B
 
 
@@ -79,41 +86,50 @@ def draw_several(scores_N: Tensor, uniforms_K: np.ndarray) -> Tensor:
 
     Fewer where fewer than K scores are finite.
     """
-    probabilities_N = torch.softmax(scores_N.double(), dim=-1)
+    possible_F = scores_N.isfinite().nonzero().squeeze(1)
+    probabilities_F = torch.softmax(scores_N[possible_F].double(), dim=-1).cpu().numpy()
     drawn: list[int] = []
-    for uniform in uniforms_K.tolist():
-        cumulative_N = probabilities_N.cumsum(-1)
-        total = cumulative_N[-1]
-        if not total > 0:
+    for uniform in uniforms_K[: len(possible_F)].tolist():
+        cumulative_F = probabilities_F.cumsum()
+        if not cumulative_F[-1] > 0:
             break
-        index = int(torch.searchsorted(cumulative_N, total * uniform, right=True))
+        index = int(cumulative_F.searchsorted(cumulative_F[-1] * uniform, side="right"))
         drawn.append(index)
-        probabilities_N[index] = 0
-    return torch.tensor(drawn, dtype=torch.int64, device=scores_N.device)
+        probabilities_F[index] = 0
+    return possible_F[drawn]
 
 
-def _cut(params: SamplingConfig) -> bool:
-    return params.top_k > 0 or params.top_p < 1
-
-
-def _inverse(scores_BV: Tensor, uniform_B: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
+def _draw(scores_BV: Tensor, uniform_B: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
+    if any(one.temperature != 1 for one in params):
+        temperature_B = scores_BV.new_tensor([one.temperature for one in params])
+        # With the best score at 0, no temperature makes it infinite.
+        scores_BV = scores_BV - scores_BV.amax(-1, keepdim=True)
+        scores_BV = scores_BV / temperature_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+    cut = [row for row, one in enumerate(params) if one.top_k or one.top_p < 1]
+    if len(cut) == len(params):
+        scores_BV = _cut(scores_BV, params)
+    elif cut:
+        scores_BV = scores_BV.clone()
+        scores_BV[cut] = _cut(scores_BV[cut], [params[row] for row in cut])
     cumulative_BV = torch.softmax(scores_BV, dim=-1).cumsum(-1, dtype=torch.float64)
     target_B1 = (uniform_B * cumulative_BV[:, -1])[:, None]
     return torch.searchsorted(cumulative_BV, target_B1, right=True).squeeze(1)
 
 
-def _inverse_of_cut(scores_BV: Tensor, uniform_B: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
+def _cut(scores_BV: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
+    """``scores_BV`` with -inf where a token is none of the best.
+
+    Scores equal to the last that is kept stay, too: which of them did would hang on how the other rows are cut.
+    """
     vocabulary = scores_BV.shape[1]
-    finite = scores_BV.isfinite().sum(-1).tolist()
-    kept = [min(one.top_k or vocabulary, count) for one, count in zip(params, finite, strict=True)]
-    best_BK, tokens_BK = scores_BV.topk(max(kept), dim=-1)
+    kept = [min(one.top_k or vocabulary, vocabulary) for one in params]
+    best_BK = scores_BV.topk(max(kept), dim=-1).values
     rank_K = torch.arange(max(kept), device=scores_BV.device)
     best_BK = best_BK.masked_fill(rank_K >= torch.tensor(kept, device=scores_BV.device)[:, None], -math.inf)
     probabilities_BK = torch.softmax(best_BK, dim=-1)
-    before_BK = probabilities_BK.cumsum(-1) - probabilities_BK
-    top_p_B = scores_BV.new_tensor([one.top_p for one in params])
+    before_BK = probabilities_BK.cumsum(-1, dtype=torch.float64) - probabilities_BK
     # The token that reaches top_p stays in.
-    probabilities_BK = probabilities_BK.masked_fill(before_BK >= top_p_B[:, None], 0.0)
-    cumulative_BK = probabilities_BK.cumsum(-1, dtype=torch.float64)
-    target_B1 = (uniform_B * cumulative_BK[:, -1])[:, None]
-    return tokens_BK.gather(1, torch.searchsorted(cumulative_BK, target_B1, right=True)).squeeze(1)
+    past_BK = before_BK >= torch.tensor([[one.top_p] for one in params], device=scores_BV.device, dtype=torch.float64)
+    past_BK |= best_BK == -math.inf
+    lowest_B1 = best_BK.masked_fill(past_BK, math.inf).amin(-1, keepdim=True)
+    return scores_BV.masked_fill(scores_BV < lowest_B1, -math.inf)
