@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+
+UNFINISHED = "\N{REPLACEMENT CHARACTER}"
+"""What a tokenizer decodes half a character to."""
 
 
 class TextStream:
@@ -16,9 +18,14 @@ class TextStream:
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt_ids: Sequence[int], stop: Sequence[str] = ()) -> None:
-        # Some tokenizers write a word at the start of a text without the space that it has after a prompt.
-        self._decode = DecodeStream(ids=list(prompt_ids), skip_special_tokens=True)
         self._tokenizer = tokenizer
+        # Some tokenizers write a word at the start of a text without the space that it has after others, so tokens are
+        # decoded together with those before them. A character that the prompt leaves unfinished counts as new.
+        self._ids = list(prompt_ids)
+        self._old = len(self._ids)
+        # (Half a character may spoil the whole ones before it, where bytes are tokens: so look without it, too.)
+        ends = [self._ids[: len(self._ids) - half] for half in range(4)]
+        self._seen = max(len(self._decode(ids).rstrip(UNFINISHED)) for ids in ends)
         self._stop = [string for string in stop if string]
         self.text = ""
         """All that was decoded, cut off before a stop string."""
@@ -29,7 +36,7 @@ class TextStream:
     def push(self, token_ids: Sequence[int]) -> None:
         """Decode further tokens, until one of them completes a stop string."""
         for token in token_ids:
-            piece = self._decode.step(self._tokenizer, token)
+            piece = self._piece(token)
             if not piece:
                 continue
             # A stop string may have begun in text that is already here.
@@ -47,6 +54,29 @@ class TextStream:
         given = self.text[self._given : end]
         self._given = max(self._given, end)
         return given
+
+    def _piece(self, token: int) -> str:
+        """What ``token`` adds to the text; nothing while a character is unfinished."""
+        self._ids.append(token)
+        text = self._decode(self._ids)
+        whole = text.rstrip(UNFINISHED)
+        piece = whole[self._seen :]
+        if piece:
+            self._seen = len(whole)
+            if whole == text:
+                self._forget()
+        return piece
+
+    def _forget(self) -> None:
+        """Keep those tokens only that the last piece came from."""
+        last = self._ids[self._old :]
+        text = self._decode(last)
+        if not text.startswith(UNFINISHED):
+            self._ids, self._seen = last, len(text)
+        self._old = len(self._ids)
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _held_back(self) -> int:
         """Length of the longest end of the text that some stop string begins with."""
