@@ -13,7 +13,7 @@ def shared_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerFast], heads: 
     """How many token ids, from 0 on, mean the same to all models; the others count for none.
 
     ``heads`` are the sizes of the models' output layers, which may be padded beyond the tokenizer, each differently. A
-    model may know further *special* tokens at the end (a padding token that its fine-tuning added). Raises UserError,
+    tokenizer may have further *added* tokens at the end (a padding token, say, from a fine-tuning). Raises UserError,
     with the first token that differs, for tokenizers that are not equal otherwise.
     """
     (first_name, first), *others = tokenizers.items()
@@ -28,12 +28,12 @@ def shared_vocabulary(tokenizers: Mapping[str, PreTrainedTokenizerFast], heads: 
                     f"{theirs!r} for {name}; choose models with the same tokenizer."
                 )
         longer, extra = (first, tokens[len(its) :]) if len(tokens) > len(its) else (tokenizer, its[len(tokens) :])
-        for token in extra:
-            if token not in longer.all_special_tokens and token not in longer.get_added_vocab():
-                raise UserError(
-                    f"The models of a contrast need one vocabulary, but {first_name} has {len(tokens)} tokens and {name} "
-                    f"{len(its)}, the first of them that the other lacks {token!r}; choose models with the same tokenizer."
-                )
+        added = {*longer.all_special_tokens, *longer.get_added_vocab(), None}
+        if lacking := [token for token in extra if token not in added]:
+            raise UserError(
+                f"The models of a contrast need one vocabulary, but {first_name} has {len(tokens)} tokens and {name} "
+                f"{len(its)}; the first that one of them lacks is {lacking[0]!r}. Choose models with one tokenizer."
+            )
         shared = min(shared, len(its))
     for name, size in heads.items():
         if size < shared:
