@@ -7,6 +7,7 @@ long the sequences are, and nothing is copied while they grow. Positions are tho
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -73,13 +74,13 @@ class Columns:
         return torch.tensor([[self.now - start] for start in self.starts] + idle, device=self.device)
 
 
-class SlotLayer(CacheLayerMixin):
+class SlotLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Keys and values of one layer: buffers [slots, heads, columns, head size]."""
 
     is_sliding = False
 
     def __init__(self, columns: Columns) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.columns = columns
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -111,7 +112,8 @@ class SlotLayer(CacheLayerMixin):
 
     def get_seq_length(self) -> int:
         """Columns before the current one, as far as attention looks at them."""
-        return self.columns.now - self.columns.view().start
+        start: int = self.columns.view().start
+        return self.columns.now - start
 
     def get_max_length(self) -> int:
         """-1: it grows."""
@@ -119,7 +121,7 @@ class SlotLayer(CacheLayerMixin):
 
 
 class SlotCache(Cache):
-    """The cache of one model. Which rows there are says its :class:`Columns`; see :class:`Slots` for what changes them."""
+    """The cache of one model. Which rows there are says its :class:`Columns`; :class:`Slots` changes them."""
 
     def __init__(self, columns: Columns, layers: int) -> None:
         super().__init__(layers=[SlotLayer(columns) for _ in range(layers)])
@@ -146,21 +148,22 @@ class Slots:
         if self.rows == 0:
             columns.go_to(width)
         elif columns.now < width:
+            self._grow(width + 1)
             self._move(width - columns.now)
-        self._make_room(columns.now + 1)
+        self._make_room()
         first, now = self.rows, columns.now
         source = [index for index, count in enumerate(copies) for _ in range(count)]
         columns.starts += [now - lengths[index] for index in source]
         for role, cache in prefilled.items():
-            ours = self._cache(role, cache)
-            for layer, new in zip(ours.layers, cache.layers, strict=True):
+            layers: Any = zip(self._cache(role, cache).layers, cache.layers, strict=True)
+            for layer, new in layers:
                 for buffer, states in ((layer.keys, new.keys), (layer.values, new.values)):
                     buffer[first : self.rows, :, now - width : now] = states[source]
 
     def advance(self) -> None:
         """The column was written by all models: go on to the next."""
         self.columns.go_to(self.columns.now + 1)
-        self._make_room(self.columns.now + 1)
+        self._make_room()
 
     def remove(self, rows: list[int]) -> dict[int, int]:
         """Free ``rows``; the last ones move into the gaps: {old row: new row} for those that moved."""
@@ -177,32 +180,38 @@ class Slots:
         return moved
 
     def wipe(self, rows: list[int]) -> None:
-        """Make zeros of what is in ``rows``: what is masked must still be a number, whoever gets the row next."""
-        for layer, name in self._buffers():
-            getattr(layer, name)[rows] = 0
+        """Make zeros of what is in ``rows`` and in idle ones, which may hold what is no number.
 
-    def reorder(self, rows: list[int], parents: list[int]) -> None:
-        """Row ``rows[i]`` goes on from what is in row ``parents[i]``."""
-        changed = [(row, parent) for row, parent in zip(rows, parents, strict=True) if row != parent]
+        Attention multiplies what is masked by 0; whoever gets the row next must not meet 0 * NaN there.
+        """
+        for layer, name in self._buffers():
+            buffer = getattr(layer, name)
+            buffer[rows] = 0
+            buffer[self.rows :] = 0
+
+    def reorder(self, parents: dict[int, int]) -> None:
+        """Each row that is named goes on from what is in its parent's."""
+        changed = {row: parent for row, parent in parents.items() if row != parent}
         if changed:
-            targets, sources = (list(side) for side in zip(*changed, strict=True))
-            starts = [self.columns.starts[source] for source in sources]
-            self._take(targets, sources)
-            for target, start in zip(targets, starts, strict=True):
-                self.columns.starts[target] = start
+            starts = [self.columns.starts[parent] for parent in changed.values()]
+            self._take(list(changed), list(changed.values()))
+            for row, start in zip(changed, starts, strict=True):
+                self.columns.starts[row] = start
 
     def _cache(self, role: str, like: DynamicCache) -> SlotCache:
         if role not in self.caches:
-            cache = SlotCache(self.columns, len(like.layers))
-            for layer, new in zip(cache.layers, like.layers, strict=True):
+            self.caches[role] = SlotCache(self.columns, len(like.layers))
+            layers: Any = zip(self.caches[role].layers, like.layers, strict=True)
+            for layer, new in layers:
                 layer.lazy_initialization(new.keys, new.values)
-            self.caches[role] = cache
         return self.caches[role]
 
-    def _buffers(self) -> list[tuple[SlotLayer, str]]:
-        return [
-            (layer, name) for cache in self.caches.values() for layer in cache.layers for name in ("keys", "values")
-        ]
+    def _buffers(self) -> Iterator[tuple[Any, str]]:
+        """Layer and attribute of each buffer."""
+        for cache in self.caches.values():
+            for layer in cache.layers:
+                yield layer, "keys"
+                yield layer, "values"
 
     def _take(self, targets: list[int], sources: list[int]) -> None:
         used = slice(self.columns.first, self.columns.now)
@@ -210,37 +219,36 @@ class Slots:
             buffer = getattr(layer, name)
             buffer[targets, :, used] = buffer[sources, :, used]
 
-    def _make_room(self, size: int) -> None:
-        """See to it that the buffers have ``size`` columns: move everything to the left, else grow."""
+    def _make_room(self) -> None:
+        """See to it that the current column exists: move everything to the left, or grow."""
         columns = self.columns
-        if size <= columns.size:
+        if columns.now < columns.size:
             return
         if self.rows and (columns.fixed or columns.first >= max(columns.size // 2, 1)):
             assert columns.first > 0, "a sequence is longer than the context"
-            size -= columns.first
             self._move(-columns.first)
-        if size > columns.size:
-            assert columns.fixed is None
-            grown = max(size + ROOM, columns.size * 3 // 2)
-            for layer, name in self._buffers():
-                buffer = getattr(layer, name)
-                larger = buffer.new_zeros(*buffer.shape[:2], grown, buffer.shape[3])
-                larger[:, :, : columns.size] = buffer
-                setattr(layer, name, larger)
-            columns.size = grown
+        self._grow(columns.now + 1)
+
+    def _grow(self, size: int) -> None:
+        """Let the buffers have ``size`` columns at least, and some more."""
+        columns = self.columns
+        if size <= columns.size:
+            return
+        assert columns.fixed is None
+        columns.size = max(size + ROOM, columns.size * 3 // 2)
+        for layer, name in self._buffers():
+            buffer = getattr(layer, name)
+            larger = buffer.new_zeros(*buffer.shape[:2], columns.size, buffer.shape[3])
+            larger[:, :, : buffer.shape[2]] = buffer
+            setattr(layer, name, larger)
 
     def _move(self, by: int) -> None:
-        """Move all sequences by so many columns, to the right if positive."""
+        """Move all sequences by so many columns, to the right if positive; the columns are there."""
         columns = self.columns
         old = slice(columns.first, columns.now)
         new = slice(old.start + by, old.stop + by)
-        if by > 0:
-            self._make_room(new.stop + 1)
-            if columns.now != old.stop:  # making room has moved them itself
-                return self._move(new.stop - columns.now)
         for layer, name in self._buffers():
             buffer = getattr(layer, name)
             buffer[: self.rows, :, new] = buffer[: self.rows, :, old].clone()
         columns.go_to(columns.now + by)
         columns.starts = [start + by for start in columns.starts]
-        return None

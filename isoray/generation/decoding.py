@@ -1,16 +1,19 @@
 """Two things that make a decoding step quick: attention that reads a shared head once, and packed weights on CPUs.
 
-Both compute what Transformers computes, up to rounding.
+Both compute what Transformers computes, up to rounding, and both are in force only while an engine runs the model: for
+anyone else who holds it, it is as it was.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
@@ -38,13 +41,12 @@ def grouped_attention(
     """
     rows, heads, length, size = query.shape
     groups = heads // key.shape[1]
-    if length > 1 or groups == 1 or kwargs.get("position_bias") is not None:
-        return cast(
-            "tuple[Tensor, None]",
-            sdpa_attention_forward(
-                module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-            ),
+    by_head = kwargs.get("position_bias") is not None or (attention_mask is not None and attention_mask.shape[1] > 1)
+    if length > 1 or groups == 1 or by_head:
+        found: tuple[Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
+        return found
     if query.device.type == "cpu":
         out = functional.scaled_dot_product_attention(
             query, key, value, attn_mask=attention_mask, dropout_p=dropout, scale=scaling, enable_gqa=True
@@ -62,46 +64,78 @@ AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
-def pack(model: nn.Module) -> None:
-    """Give the float32 linear layers of a model on the CPU a copy of their weights in oneDNN's own layout.
+class Quickened:
+    """A model that decodes quickly inside ``with quickened.running():``."""
 
-    A product of a few rows takes a third to a half of the time with it, as MKL, which torch asks otherwise, is made for
-    many rows. Where gradients are wanted the layers compute as ever; a weight that has changed is packed anew before it
-    is next used. Costs as much memory as those weights take.
-    """
-    if not torch.backends.mkldnn.is_available():
-        return
-    for module in model.modules():
-        if type(module) in (nn.Linear, Conv1D):
-            weight = cast(Tensor, module.weight)
-            if weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference():
-                module.forward = _Packed(module)  # type: ignore[method-assign]
+    def __init__(self, model: PreTrainedModel, *, packed: bool) -> None:
+        """``packed``: float32 linear layers on the CPU get a copy of their weights in oneDNN's own layout.
+
+        A product of a few rows takes a third to a half of the time with it, as MKL, which torch asks otherwise, is made
+        for many rows. It costs as much memory as those weights take, and a pass over them after each :meth:`forget`.
+        """
+        self._config: Any = model.config
+        can_set = model._can_set_attn_implementation()
+        self._grouped = can_set and self._config._attn_implementation == "sdpa"
+        packs = packed and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+        self.on = False
+        self._layers = [_Packed(module, self) for module in model.modules() if packs and _can_pack(module)]
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """While it is open, whoever runs the model runs it quickly."""
+        self.on = True
+        if self._grouped:
+            self._config._attn_implementation = GROUPED
+        try:
+            yield
+        finally:
+            self.on = False
+            if self._grouped:
+                self._config._attn_implementation = "sdpa"
+
+    def forget(self) -> None:
+        """Drop packed weights: the model's own may have changed. They are packed anew when they are next used."""
+        for layer in self._layers:
+            layer.packed = None
+
+    def undo(self) -> None:
+        """Take what was added to the model's layers out again."""
+        for layer in self._layers:
+            layer.remove()
 
 
-def unpack(model: nn.Module) -> None:
-    """Undo :func:`pack`."""
-    for module in model.modules():
-        if isinstance(vars(module).get("forward"), _Packed):
-            del module.forward
+def _can_pack(module: nn.Module) -> bool:
+    if type(module) not in (nn.Linear, Conv1D):
+        return False
+    weight = cast(Tensor, module.weight)
+    return weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference()
 
 
 class _Packed:
-    """The forward pass of a linear layer with packed weights."""
+    """The forward pass of a linear layer, with packed weights while its model is run by an engine."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, owner: Quickened) -> None:
         self._module = module
+        self._owner = owner
+        self._before = vars(module).get("forward")
         self._plain = module.forward
-        self._packed: Tensor | None = None
-        self._made_from: tuple[int, int] | None = None
+        self.packed: Tensor | None = None
+        module.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:
-        if torch.is_grad_enabled():
+        if not self._owner.on:
             return cast(Tensor, self._plain(x))
-        weight = cast(Tensor, self._module.weight)
-        state = (weight.data_ptr(), weight._version)
-        if state != self._made_from:
-            rows_of = weight.detach() if isinstance(self._module, nn.Linear) else weight.detach().t().contiguous()
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(rows_of, PACKED_ROWS)
-            self._made_from = state
+        if self.packed is None:
+            weight = cast(Tensor, self._module.weight).detach()
+            rows_of = weight if isinstance(self._module, nn.Linear) else weight.t().contiguous()
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(rows_of, PACKED_ROWS)
         bias = cast("Tensor | None", self._module.bias)
-        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self._packed, bias, "none", [], ""))
+        return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], ""))
+
+    def remove(self) -> None:
+        if vars(self._module).get("forward") is not self:
+            return  # someone else's is over this one and calls it: it stays, switched off
+        if self._before is None:
+            del self._module.forward
+        else:
+            self._module.forward = self._before

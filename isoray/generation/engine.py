@@ -48,8 +48,8 @@ class Completion:
     token_ids: tuple[int, ...]
     """The new tokens, with the end-of-text token where one was drawn."""
     log_probs: tuple[float, ...]
-    """Of each token: its log-probability under the normalised contrast (before temperature, top-k and top-p), or its raw
-    score with ``normalise: false``."""
+    """Of each token: its log-probability under the normalised contrast (before temperature, top-k and top-p), or its
+    raw score with ``normalise: false``."""
     finish: Finish
     """Why it ended: end-of-text token, stop string, ``max_tokens`` or the context, or an error."""
     prompt_tokens: int
@@ -102,6 +102,8 @@ class Engine(Component, ABC):
     """Which models are contrasted, and how, where a request says nothing else."""
     tokenizer: PreTrainedTokenizerFast
     context: int
+    vocabulary: int | None = None
+    """Token ids below this one mean the same to all models; None: those that the tokenizer has."""
 
     @abstractmethod
     def add(self, request: Request) -> None:
@@ -164,30 +166,32 @@ class Engine(Component, ABC):
         assert not self.busy, "stream and generate are for an engine without other requests: use add and step"
         settings = sampling or SamplingConfig()
         each = [settings] * len(prompts) if isinstance(settings, SamplingConfig) else list(settings)
+        open_ids = set[str]()
         for index, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
             self.add(Request(str(index), prompt, one, seed_of(seed, index)))
+            open_ids.add(str(index))
         try:
             while self.busy:
-                yield from self.step()
+                for delta in self.step():
+                    if delta.completion is not None:
+                        open_ids.discard(delta.id)
+                    yield delta
         finally:
-            for index in range(len(prompts)):
-                self.cancel(str(index))
+            for request_id in open_ids:
+                self.cancel(request_id)
 
     def encode(self, prompt: Prompt, *, new_tokens: int = 1) -> list[int]:
         """The token ids of a prompt that so many new tokens must be able to follow.
 
         Raises DataError for one that is empty, too long, or holds an unknown id.
         """
-        if isinstance(prompt, str):
-            ids = _encode_text(self.tokenizer, prompt)
-        else:
-            ids = [int(token) for token in prompt]
-            known = len(self.tokenizer)
-            if unknown := [token for token in ids if not 0 <= token < known]:
-                raise DataError(f"the prompt holds token id {unknown[0]}; the tokenizer has ids 0 to {known - 1}")
+        ids = _encode_text(self.tokenizer, prompt) if isinstance(prompt, str) else [int(token) for token in prompt]
         if not ids or prompt == "":
             start = self.tokenizer.bos_token or self.tokenizer.eos_token
             raise DataError(f"the prompt is empty; to start from nothing, give the start token {start!r}")
+        known = self.vocabulary or len(self.tokenizer)
+        if unknown := [token for token in ids if not 0 <= token < known]:
+            raise DataError(f"the prompt holds token id {unknown[0]}; the models share the ids 0 to {known - 1}")
         if len(ids) + new_tokens > self.context:
             raise DataError(
                 f"the text has {len(ids)} tokens, but the model's context holds {self.context}"
@@ -207,4 +211,8 @@ def _encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     start = tokenizer.bos_token
     # A start token that the text itself begins with is not put before it once more.
     special = not (isinstance(start, str) and text.startswith(start))
-    return list(encode(text, add_special_tokens=special).input_ids)
+    ids = list(encode(text, add_special_tokens=special).input_ids)
+    end = tokenizer.eos_token
+    if ids and ids[-1] == tokenizer.eos_token_id and isinstance(end, str) and not text.endswith(end):
+        ids.pop()  # some tokenizers end every text; here it is to go on
+    return ids

@@ -101,7 +101,7 @@ class Hypothesis:
 
     def rank(self, length_penalty: float) -> float:
         """What finished beams compare by."""
-        return self.total / len(self.tokens) ** length_penalty
+        return float(self.total / len(self.tokens) ** length_penalty)
 
 
 @dataclass(eq=False)
@@ -128,6 +128,11 @@ class Beams:
     def last_tokens(self) -> list[int]:
         """The token that each row goes on from."""
         return [beam.tokens[-1] for beam in self.beams]
+
+    @property
+    def candidates(self) -> int:
+        """How many of the best next tokens a search looks at: enough to go on with all beams if every end is there."""
+        return max(2, 1 + len(self.task.ends)) * self.task.width
 
     def uniforms_now(self) -> np.ndarray:
         """The numbers that this step's candidates are drawn with, twice as many as beams."""
