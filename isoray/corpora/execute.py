@@ -17,7 +17,7 @@ Progress = Callable[[str, int, int], None]
 
 
 class Work(Protocol):
-    """What is done for each item; pickled to the workers. The result must be a string."""
+    """What is done for each item; pickled to the workers, each of which keeps its copy. The result must be a string."""
 
     def __call__(self, item: int) -> str: ...
 
@@ -29,16 +29,17 @@ def carry_out(
     phase: str,
     executor: Literal["ray", "inprocess"],
     workers: int | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
     progress: Progress | None = None,
 ) -> list[str]:
     """The results of ``work(0)`` ... ``work(items - 1)``, in that order.
 
-    With `ray`, Ray must be connected; each of ``workers`` actors (default: one per CPU) takes one CPU. An
+    With `ray`, Ray must be connected; each of ``workers`` actors (default: one per CPU) takes ``cpus`` and ``gpus``. An
     :class:`IsorayError` of a task is raised here as it was there; InfraError when workers cannot be kept alive.
     """
     results: dict[int, str] = {}
-    stream = _in_ray(work, items, workers) if executor == "ray" else ((item, work(item)) for item in range(items))
-    for item, result in stream:
+    for item, result in as_done(work, items, phase=phase, executor=executor, workers=workers, cpus=cpus, gpus=gpus):
         results[item] = result
         if progress is not None:
             progress(phase, len(results), items)
@@ -46,8 +47,24 @@ def carry_out(
     return [results[item] for item in range(items)]
 
 
+def as_done(
+    work: Work,
+    items: int,
+    *,
+    phase: str,
+    executor: Literal["ray", "inprocess"],
+    workers: int | None = None,
+    cpus: float = 1,
+    gpus: float = 0,
+) -> Iterator[tuple[int, str]]:
+    """``(item, work(item))`` as they come, in any order; as :func:`carry_out` otherwise."""
+    if executor == "ray":
+        return _in_ray(work, items, phase, workers, {"num_cpus": cpus, "num_gpus": gpus})
+    return ((item, work(item)) for item in range(items))
+
+
 class _Actor:
-    """Does the work of one item at a time on one CPU."""
+    """Does the work of one item at a time."""
 
     def __init__(self, work: Work) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -61,7 +78,9 @@ class _Actor:
             return {"item": [item], "result": [str(error)], "error": [type(error).__name__]}
 
 
-def _in_ray(work: Work, items: int, workers: int | None) -> Iterator[tuple[int, str]]:
+def _in_ray(
+    work: Work, items: int, phase: str, workers: int | None, resources: dict[str, float]
+) -> Iterator[tuple[int, str]]:
     import ray
     import ray.data
     import ray.exceptions
@@ -73,7 +92,7 @@ def _in_ray(work: Work, items: int, workers: int | None) -> Iterator[tuple[int, 
         tasks = ray.data.from_items([{"item": item} for item in range(items)], override_num_blocks=min(items, 4096))
         pool = ray.data.ActorPoolStrategy(size=min(workers, items))
         done = tasks.map_batches(
-            _Actor, fn_constructor_args=(work,), compute=pool, batch_size=1, num_cpus=1, batch_format="numpy"
+            _Actor, fn_constructor_args=(work,), compute=pool, batch_size=1, batch_format="numpy", **resources
         )
         try:
             for row in done.iter_rows():
@@ -83,7 +102,7 @@ def _in_ray(work: Work, items: int, workers: int | None) -> Iterator[tuple[int, 
         except ray.exceptions.RayTaskError:
             raise  # our own code failed there: a bug, shown with its traceback
         except ray.exceptions.RayError as error:
-            raise InfraError(f"reading the corpora failed on the cluster ({error}); run it again to go on") from error
+            raise InfraError(f"{phase} failed on the cluster ({error}); run it again to go on") from error
 
 
 @contextlib.contextmanager

