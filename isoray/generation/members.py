@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -213,3 +213,10 @@ def ready(members: list[Member], device: torch.device, *, packed: bool) -> None:
         if id(inner) not in quickened:
             quickened[id(inner)] = Quickened(inner, packed=packed)
         member.quickened = quickened[id(inner)]
+
+
+def release(members: Sequence[Member]) -> None:
+    """Undo what :func:`ready` did to the models, but for the device."""
+    for member in members:
+        if member.quickened is not None:
+            member.quickened.undo()

@@ -15,7 +15,7 @@ from isoray.errors import DataError, UserError
 from isoray.generation.choosing import choose
 from isoray.generation.contrast import ContrastConfig, Role
 from isoray.generation.engine import Delta, Engine, Prompt, Request, TokenScores, failed
-from isoray.generation.members import Member, load_members, members_of, ready
+from isoray.generation.members import Member, load_members, members_of, ready, release
 from isoray.generation.runner import Runner, by_tokens, check_members, padded
 from isoray.generation.sequences import Beams, Single, Task
 from isoray.generation.vocabulary import shared_vocabulary
@@ -81,6 +81,9 @@ class TransformersEngine(Engine):
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._tasks: list[Single | Beams] = []
         self._runner = self._started()
+        if config.compile:
+            for member in self.members:
+                member.compiled = torch.compile(member.model)
 
     def _started(self) -> Runner:
         """The models on their device, tried out."""
@@ -93,22 +96,14 @@ class TransformersEngine(Engine):
             fixed = self.context + min(self.context, 256)
             for member in self.members:
                 member.check_fixed_shapes(self.context)
+        shared = config.cache == "shared"
         ready(self.members, torch.device(device), packed=not config.compile)
         try:
-            check_members(self.members, fixed=fixed, context=self.context, shared_cache=config.cache == "shared")
+            check_members(self.members, fixed=fixed, context=self.context, shared_cache=shared)
         except UserError:
-            self.close()
+            release(self.members)
             raise
-        if config.compile:
-            for member in self.members:
-                member.compiled = torch.compile(member.model)
-        return Runner(
-            self.members,
-            slots=config.slots,
-            vocabulary=self.vocabulary,
-            fixed=fixed,
-            shared_cache=config.cache == "shared",
-        )
+        return Runner(self.members, slots=config.slots, vocabulary=self.vocabulary, fixed=fixed, shared_cache=shared)
 
     @property
     def busy(self) -> bool:
@@ -127,12 +122,10 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """Free the models."""
-        for member in self.members:
-            if member.quickened is not None:
-                member.quickened.undo()
+        release(self.members)
         self._waiting.clear()
-        self._tasks, self.members = [], []
-        del self._runner
+        self._tasks, self.members, self._runner.members = [], [], []
+        self._runner.slots.caches.clear()
 
     @torch.no_grad()
     def step(self) -> list[Delta]:

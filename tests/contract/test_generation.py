@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -19,6 +19,15 @@ from isoray.generation.sampling import SamplingConfig, seed_of
 from isoray.generation.transformers import TransformersEngine
 
 MODELS = tiny(0), tiny(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Models this small wait for a second thread longer than it helps them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def shown(completions: Sequence[Completion]) -> list[tuple[Any, ...]]:
