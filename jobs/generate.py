@@ -1,6 +1,6 @@
 """Generation as a Ray job: ``isoray run`` on the cluster that the job was submitted to.
 
-    ray job submit --working-dir . -- python jobs/generate.py configs/generate/continuations.yaml [a.b=value ...] [--out DIR]
+    ray job submit --working-dir . -- python jobs/generate.py configs/generate/continuations.yaml [a.b=value ...]
 
 A relative run folder hangs on the home folder, since the job's working folder does not outlive it; the log says where
 the run is. On several nodes give ``storage.path`` (or ``--out``) on storage that all of them reach.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -94,7 +95,10 @@ def _create_basis(folder: Path, dimension: int, start_P: Tensor) -> np.memmap[tu
             f"{folder}: a Krylov basis of {dimension} vectors needs {needed / 2**30:.1f} GiB of disk; "
             f"{free / 2**30:.1f} are free. Free some, point the run elsewhere, or lower the `dimension` of Arnoldi"
         )
-    return np.lib.format.open_memmap(folder / BASIS, mode="w+", dtype=dtype, shape=(dimension, len(start_P)))
+    open_memmap: Any = np.lib.format.open_memmap
+    basis: np.memmap[tuple[int, int], np.dtype[np.floating[Any]]]
+    basis = open_memmap(folder / BASIS, mode="w+", dtype=dtype, shape=(dimension, len(start_P)))
+    return basis
 
 
 def _dominant(projected: Float64Array, count: int, *, epsilon: float) -> tuple[Float64Array, Float64Array, float]:

@@ -53,7 +53,8 @@ def position_ids(segment_ids: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
     """int64 [T]: the position of each token in its own segment."""
     positions = np.arange(len(segment_ids))
     starts = np.where(np.diff(segment_ids, prepend=-1) != 0, positions, 0)
-    return positions - np.maximum.accumulate(starts)
+    restarted: npt.NDArray[np.int64] = positions - np.maximum.accumulate(starts)
+    return restarted
 
 
 def _pad(rows: Sequence[npt.NDArray[Any]], fill: int, multiple: int) -> Tensor:

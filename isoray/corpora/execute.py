@@ -59,7 +59,7 @@ def as_done(
 ) -> Iterator[tuple[int, str]]:
     """``(item, work(item))`` as they come, in any order; as :func:`carry_out` otherwise."""
     if executor == "ray":
-        return _in_ray(work, items, phase, workers, {"num_cpus": cpus, "num_gpus": gpus})
+        return _in_ray(work, items, phase, workers, cpus, gpus)
     return ((item, work(item)) for item in range(items))
 
 
@@ -79,7 +79,7 @@ class _Actor:
 
 
 def _in_ray(
-    work: Work, items: int, phase: str, workers: int | None, resources: dict[str, float]
+    work: Work, items: int, phase: str, workers: int | None, cpus: float, gpus: float
 ) -> Iterator[tuple[int, str]]:
     import ray
     import ray.data
@@ -92,7 +92,13 @@ def _in_ray(
         tasks = ray.data.from_items([{"item": item} for item in range(items)], override_num_blocks=min(items, 4096))
         pool = ray.data.ActorPoolStrategy(size=min(workers, items))
         done = tasks.map_batches(
-            _Actor, fn_constructor_args=(work,), compute=pool, batch_size=1, batch_format="numpy", **resources
+            _Actor,
+            fn_constructor_args=(work,),
+            compute=pool,
+            batch_size=1,
+            batch_format="numpy",
+            num_cpus=cpus,
+            num_gpus=gpus,
         )
         try:
             for row in done.iter_rows():

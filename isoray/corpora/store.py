@@ -126,7 +126,8 @@ class BlockStore:
 
     def _gather(self, name: str, compute: Any) -> Int32Array:
         parts = [compute(np.load(self.folder / shard.folder / f"{name}.npy")) for shard in self.manifest.shards]
-        return np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+        gathered: Int32Array = np.concatenate([np.zeros(0, np.int32), *parts]).astype(np.int32)
+        return gathered
 
 
 class BlockView:

@@ -122,7 +122,7 @@ class AnswerShard:
             _answered(row, request, completions[request.id]) for row, request in zip(rows, requests, strict=True)
         ]
         write_shard(_shard(self.folder / COMPLETIONS, shard), answered)
-        failed, tokens = (sum(values) for values in zip(*((bool(r["error"]), len(r["token_ids"])) for r in answered)))
+        failed, tokens = sum(bool(row["error"]) for row in answered), sum(len(row["token_ids"]) for row in answered)
         return json.dumps({"failed": failed, "tokens": tokens, "prompts": len(rows)})
 
     def close(self) -> None:

@@ -24,7 +24,7 @@ from isoray.generation.vllm_plugin import KEY, LOAD_FORMAT
 from isoray.models.config import Dtype, LoadOptions
 from isoray.models.load import load_tokenizer
 
-DTYPES = {"fp32": "float32", "bf16": "bfloat16"}
+DTYPES: dict[Dtype, Any] = {"fp32": "float32", "bf16": "bfloat16"}
 INSTALL = "pip install 'isoray[vllm]' (on CPUs, in a checkout: make install)"
 
 
@@ -245,11 +245,12 @@ def _engine(config: VllmEngine.Config, folder: Path) -> Any:
         from vllm.v1.engine.llm_engine import LLMEngine
     except ImportError as error:
         raise UserError(f"The vLLM engine needs vLLM: {INSTALL}. ({error})") from error
+    length: dict[str, Any] = {} if config.context is None else {"max_model_len": config.context}
     args = EngineArgs(
         model=str(folder),
         load_format=LOAD_FORMAT,
         dtype=DTYPES[config.dtype],
-        max_model_len=config.context,
+        **length,
         max_num_seqs=config.slots,
         tensor_parallel_size=config.tensor_parallel,
         gpu_memory_utilization=config.memory_share,

@@ -48,4 +48,4 @@ def reload_weights(part: nn.Module, model_config: ModelConfig, load_config: Load
     initialize_layerwise_reload(part)
     weights: Iterator[tuple[str, Tensor]] = loader.get_all_weights(own, part)
     part.load_weights(weights)  # type: ignore[operator]
-    finalize_layerwise_reload(part, own)
+    finalize_layerwise_reload(part, own)  # type: ignore[no-untyped-call]

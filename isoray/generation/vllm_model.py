@@ -137,7 +137,7 @@ class ContrastForCausalLM(nn.Module):
 
     def compute_logits(self, hidden_states: Tensor) -> Tensor | None:
         """The contrast of each row, float32 [rows, vocabulary]; None where tensor parallelism gathers elsewhere."""
-        states = hidden_states.split(self.sizes, dim=-1)
+        states = torch.split(hidden_states, self.sizes, dim=-1)
         logits: dict[str, Tensor] = {}
         for (role, part), state in zip(self.parts.items(), states, strict=True):
             if self.alone in (None, role):

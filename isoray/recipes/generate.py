@@ -31,7 +31,7 @@ from isoray.generation.prompts import PromptsConfig, read_prompts
 from isoray.generation.sampling import SamplingConfig
 from isoray.generation.transformers import TransformersEngine
 from isoray.models.config import ModelConfig
-from isoray.models.load import base_of, check, prepare, weights_digest
+from isoray.models.load import check, prepare, weights_digest
 from isoray.recipes.base import Recipe
 from isoray.run import Run, to_json
 from isoray.scaling import Placement, ScalingConfig, local_resources, plan
@@ -147,9 +147,8 @@ def _check_model(role: Role, path: str) -> None:
     except UserError as error:
         raise UserError(f"contrast.{role}: {error}") from error
     folder = Path(path).expanduser()
-    if folder.is_dir() and (folder / "config.json").is_file() and base_of(folder) == folder:
-        if not any(folder.glob("*.safetensors")):
-            raise UserError(f"contrast.{role}: {folder} holds no weights (*.safetensors).")
+    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
+        raise UserError(f"contrast.{role}: {folder} holds no weights (*.safetensors).")
 
 
 @contextmanager
@@ -170,6 +169,6 @@ def _engine(config: Generate.Config, placement: Placement) -> Engine.Config:
 
 
 def _settings(config: Generate.Config) -> dict[str, Any]:
-    """What completions depend on beside prompts, models and seed; the engine's settings change the last bits at least."""
-    contrast = config.contrast.model_dump(mode="json", exclude=set(config.contrast.models))
+    """What completions depend on beside prompts, models and seed; of the engine's settings the last bits at least."""
+    contrast = config.contrast.model_dump(mode="json", exclude={"base", "positive", "negative"})
     return {"contrast": contrast, "engine": config.engine.model_dump(mode="json")}

@@ -111,7 +111,7 @@ def test_bad_folders_are_refused_and_nothing_is_left(make: Maker, tmp_path: Path
     positive, empty = make(0), make(1)
     (empty / "model.safetensors").unlink()
     out = tmp_path / "contrast"
-    with pytest.raises(UserError, match="negative model's folder .* holds no weights"):
+    with pytest.raises(UserError, match=r"negative model's folder .* holds no weights"):
         make_contrast_folder(ContrastConfig(positive=str(positive), negative=str(empty)), out)
     other = make(2)
     texts = ["quite other words to learn from, so the merges differ"] * 3
