@@ -5,6 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from isoray.generation.contrast import Role
 from isoray.generation.vllm_loader import reload_weights
 from isoray.generation.vllm_model import ContrastForCausalLM
@@ -28,6 +31,11 @@ class WorkerExtension:
         """Requests for which models gave numbers that are none, and which; forgotten then."""
         rows = self._isoray_model().rows
         broken, rows.broken = rows.broken, {}
+        if broken:
+            # Whoever gets their blocks next reads past its own tokens, with weight 0; but 0 x NaN is NaN.
+            for cache in self.model_runner.kv_caches:
+                if isinstance(cache, Tensor) and cache.is_floating_point():
+                    torch.nan_to_num_(cache, nan=0.0, posinf=0.0, neginf=0.0)
         return broken
 
     def isoray_update(self, role: Role, folder: str) -> None:
