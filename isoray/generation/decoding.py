@@ -64,8 +64,21 @@ AttentionInterface.register(GROUPED, grouped_attention)
 AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """``model`` in evaluation mode, so that nothing is dropped; then as before, since it may be under training."""
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
 class Quickened:
-    """A model that decodes quickly inside ``with quickened.running():``."""
+    """A model that decodes quickly inside ``with quickened.running():``, and is as it was outside."""
 
     def __init__(self, model: PreTrainedModel, *, packed: bool) -> None:
         """``packed``: float32 linear layers on the CPU get a copy of their weights in oneDNN's own layout.
@@ -73,23 +86,25 @@ class Quickened:
         A product of a few rows takes a third to a half of the time with it, as MKL, which torch asks otherwise, is made
         for many rows. It costs as much memory as those weights take, and a pass over them after each :meth:`forget`.
         """
+        self._model = model
         self._config: Any = model.config
-        can_set = model._can_set_attn_implementation()
-        self._grouped = can_set and self._config._attn_implementation == "sdpa"
+        self._grouped = model._can_set_attn_implementation() and self._config._attn_implementation == "sdpa"
         packs = packed and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self.on = False
-        self._layers = [_Packed(module, self) for module in model.modules() if packs and _can_pack(module)]
+        self._layers = [_Packed(module) for module in model.modules() if packs and _can_pack(module)]
 
     @contextmanager
     def running(self) -> Iterator[None]:
         """While it is open, whoever runs the model runs it quickly."""
-        self.on = True
         if self._grouped:
             self._config._attn_implementation = GROUPED
+        for layer in self._layers:
+            vars(layer.module)["forward"] = layer
         try:
-            yield
+            with evaluating(self._model):
+                yield
         finally:
-            self.on = False
+            for layer in self._layers:
+                del vars(layer.module)["forward"]
             if self._grouped:
                 self._config._attn_implementation = "sdpa"
 
@@ -98,44 +113,25 @@ class Quickened:
         for layer in self._layers:
             layer.packed = None
 
-    def undo(self) -> None:
-        """Take what was added to the model's layers out again."""
-        for layer in self._layers:
-            layer.remove()
-
 
 def _can_pack(module: nn.Module) -> bool:
-    if type(module) not in (nn.Linear, Conv1D):
+    if type(module) not in (nn.Linear, Conv1D) or "forward" in vars(module):
         return False
     weight = cast(Tensor, module.weight)
     return weight.dtype == torch.float32 and weight.device.type == "cpu" and not weight.is_inference()
 
 
 class _Packed:
-    """The forward pass of a linear layer, with packed weights while its model is run by an engine."""
+    """The forward pass of a linear layer with packed weights."""
 
-    def __init__(self, module: nn.Module, owner: Quickened) -> None:
-        self._module = module
-        self._owner = owner
-        self._before = vars(module).get("forward")
-        self._plain = module.forward
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.packed: Tensor | None = None
-        module.forward = self
 
     def __call__(self, x: Tensor) -> Tensor:
-        if not self._owner.on:
-            return cast(Tensor, self._plain(x))
         if self.packed is None:
-            weight = cast(Tensor, self._module.weight).detach()
-            rows_of = weight if isinstance(self._module, nn.Linear) else weight.t().contiguous()
+            weight = cast(Tensor, self.module.weight).detach()
+            rows_of = weight if isinstance(self.module, nn.Linear) else weight.t().contiguous()
             self.packed = torch.ops.mkldnn._reorder_linear_weight(rows_of, PACKED_ROWS)
-        bias = cast("Tensor | None", self._module.bias)
+        bias = cast("Tensor | None", self.module.bias)
         return cast(Tensor, torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], ""))
-
-    def remove(self) -> None:
-        if vars(self._module).get("forward") is not self:
-            return  # someone else's is over this one and calls it: it stays, switched off
-        if self._before is None:
-            del self._module.forward
-        else:
-            self._module.forward = self._before

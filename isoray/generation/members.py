@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
 
 @dataclass
 class Member:
-    """One model of a contrast, in evaluation mode."""
+    """One model of a contrast."""
 
     role: Role
     model: PreTrainedModel | PeftModel
@@ -54,13 +54,14 @@ class Member:
         inner = plain(self.model)
         if inner.config.is_encoder_decoder:
             raise UserError(f"The {self.role} model is an encoder-decoder; a contrast takes decoder-only models.")
-        kinds = getattr(self.config, "layer_types", None) or []
-        if inner._is_stateful or not all(kind in ATTENTION_KINDS for kind in kinds):
-            raise UserError(
-                f"The {self.role} model ({self.config.model_type}) keeps more than keys and values of its text, which "
-                "the Transformers engine cannot do for texts of different lengths; use the vLLM engine."
-            )
         self.takes = frozenset(inspect.signature(inner.forward).parameters)
+        kinds = getattr(self.config, "layer_types", None) or []
+        plain_cache = "past_key_values" in self.takes and all(kind in ATTENTION_KINDS for kind in kinds)
+        if inner._is_stateful or not plain_cache:
+            raise UserError(
+                f"The {self.role} model ({self.config.model_type}) keeps something else of its text than keys and "
+                "values, which the Transformers engine cannot do for texts of different lengths; use the vLLM engine."
+            )
 
     @property
     def config(self) -> Any:
@@ -80,11 +81,12 @@ class Member:
         return next((length for length in lengths if isinstance(length, int) and length > 0), None)
 
     def check_fixed_shapes(self, context: int) -> None:
-        """Raise UserError for a model whose attention looks at a part of ``context`` tokens only."""
+        """Raise UserError for a model that makes masks of its own: for windows within ``context`` tokens, or ALiBi."""
         windows = [getattr(self.config, key, None) for key in WINDOW_KEYS]
-        if any(isinstance(window, int) and window < context for window in windows):
+        alibi = getattr(self.config, "alibi", False) or self.config.model_type in ("bloom", "mpt")
+        if alibi or any(isinstance(window, int) and window < context for window in windows):
             raise UserError(
-                f"The {self.role} model ({self.config.model_type}) attends to a window of its text, which "
+                f"The {self.role} model ({self.config.model_type}) has attention windows or ALiBi, which "
                 "`static_cache` cannot serve; leave it out."
             )
 
@@ -205,18 +207,11 @@ def _whole(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
 
 
 def ready(members: list[Member], device: torch.device, *, packed: bool) -> None:
-    """Put the models on ``device``, in evaluation mode, with what makes decoding quick."""
+    """Put the models on ``device``, with what makes decoding quick."""
     quickened: dict[int, Quickened] = {}
     for member in members:
-        member.model.to(device).eval()  # type: ignore[arg-type]
+        member.model.to(device)  # type: ignore[arg-type]
         inner = plain(member.model)
         if id(inner) not in quickened:
             quickened[id(inner)] = Quickened(inner, packed=packed)
         member.quickened = quickened[id(inner)]
-
-
-def release(members: Sequence[Member]) -> None:
-    """Undo what :func:`ready` did to the models, but for the device."""
-    for member in members:
-        if member.quickened is not None:
-            member.quickened.undo()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -11,6 +12,7 @@ from transformers.cache_utils import DynamicCache
 
 from isoray.errors import UserError
 from isoray.generation.cache import Slots
+from isoray.generation.decoding import evaluating
 from isoray.generation.members import Member
 from isoray.models.structure import plain
 
@@ -91,7 +93,9 @@ def check_members(members: Sequence[Member], *, fixed: int | None, context: int,
             (found_RV,) = runner.step([text[place] for text in texts])
         wanted_RV = torch.cat([_alone(member, text, runner.device) for text in texts])
         error, size = float((found_RV - wanted_RV).abs().max()), float(wanted_RV.abs().max())
-        if error > size * torch.finfo(wanted_RV.dtype).eps ** 0.5:
+        # Some attention takes its softmax in float32 whatever the model's type.
+        rounding = max(torch.finfo(wanted_RV.dtype).eps, torch.finfo(torch.float32).eps) ** 0.5
+        if math.isfinite(size) and not error <= size * rounding:
             raise UserError(
                 f"The {member.role} model ({member.config.model_type}) computes other things for a batch of texts than "
                 "for each alone, so the Transformers engine cannot serve it"
@@ -107,7 +111,8 @@ def _cache_shape(member: Member) -> list[int | None]:
 @torch.no_grad()
 def _alone(member: Member, text: Sequence[int], device: torch.device) -> Tensor:
     model: Any = plain(member.model)
-    logits_BTV: Tensor = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits
+    with evaluating(model):
+        logits_BTV: Tensor = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits
     return logits_BTV[:, -1]
 
 

@@ -15,7 +15,7 @@ from isoray.errors import DataError, UserError
 from isoray.generation.choosing import choose
 from isoray.generation.contrast import ContrastConfig, Role
 from isoray.generation.engine import Delta, Engine, Prompt, Request, TokenScores, failed
-from isoray.generation.members import Member, load_members, members_of, ready, release
+from isoray.generation.members import Member, load_members, members_of, ready
 from isoray.generation.runner import Runner, by_tokens, check_members, padded
 from isoray.generation.sequences import Beams, Single, Task
 from isoray.generation.vocabulary import shared_vocabulary
@@ -98,11 +98,7 @@ class TransformersEngine(Engine):
                 member.check_fixed_shapes(self.context)
         shared = config.cache == "shared"
         ready(self.members, torch.device(device), packed=not config.compile)
-        try:
-            check_members(self.members, fixed=fixed, context=self.context, shared_cache=shared)
-        except UserError:
-            release(self.members)
-            raise
+        check_members(self.members, fixed=fixed, context=self.context, shared_cache=shared)
         return Runner(self.members, slots=config.slots, vocabulary=self.vocabulary, fixed=fixed, shared_cache=shared)
 
     @property
@@ -122,7 +118,6 @@ class TransformersEngine(Engine):
 
     def close(self) -> None:
         """Free the models."""
-        release(self.members)
         self._waiting.clear()
         self._tasks, self.members, self._runner.members = [], [], []
         self._runner.slots.caches.clear()
