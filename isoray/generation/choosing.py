@@ -11,7 +11,7 @@ from torch import Tensor
 
 from isoray.generation.contrast import ContrastConfig, Fused, fuse, weights
 from isoray.generation.engine import Delta, failed
-from isoray.generation.sampling import SamplingConfig, draw, draw_several
+from isoray.generation.sampling import COLDEST, SamplingConfig, draw, draw_several
 from isoray.generation.sequences import Beams, Single
 
 Sequences = Sequence[Single | Beams]
@@ -114,8 +114,8 @@ def _advance(beams: Beams, scores_KV: Tensor, choice: Choice) -> None:
     if beams.greedy:
         chosen = totals_N.topk(min(beams.candidates, len(totals_N))).indices
     else:
-        temperature = max(beams.task.request.sampling.temperature, torch.finfo(torch.float32).tiny)
-        chosen = draw_several((totals_N - totals_N.max()) / temperature, beams.uniforms_now())
+        temperature = max(beams.task.request.sampling.temperature, COLDEST)
+        chosen = draw_several(totals_N / temperature, beams.uniforms_now())
     chosen = chosen[totals_N[chosen].argsort(descending=True, stable=True)]
     values = zip(chosen.tolist(), scores_KV.flatten()[chosen].tolist(), totals_N[chosen].tolist(), strict=True)
     parents = beams.push(

@@ -6,7 +6,7 @@ anyone else who holds it, it is as it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -65,9 +65,9 @@ AttentionMaskInterface.register(GROUPED, sdpa_mask)
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """``model`` in evaluation mode, so that nothing is dropped; then as before, since it may be under training."""
-    training = [module for module in model.modules() if module.training]
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """All ``modules`` of a model in evaluation mode, so that nothing is dropped; then as before."""
+    training = [module for module in modules if module.training]
     for module in training:
         module.training = False
     try:
@@ -86,11 +86,11 @@ class Quickened:
         A product of a few rows takes a third to a half of the time with it, as MKL, which torch asks otherwise, is made
         for many rows. It costs as much memory as those weights take, and a pass over them after each :meth:`forget`.
         """
-        self._model = model
+        self._modules = list(model.modules())
         self._config: Any = model.config
         self._grouped = model._can_set_attn_implementation() and self._config._attn_implementation == "sdpa"
         packs = packed and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-        self._layers = [_Packed(module) for module in model.modules() if packs and _can_pack(module)]
+        self._layers = [_Packed(module) for module in self._modules if packs and _can_pack(module)]
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -100,7 +100,7 @@ class Quickened:
         for layer in self._layers:
             vars(layer.module)["forward"] = layer
         try:
-            with evaluating(self._model):
+            with evaluating(self._modules):
                 yield
         finally:
             for layer in self._layers:

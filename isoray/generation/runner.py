@@ -111,7 +111,7 @@ def _cache_shape(member: Member) -> list[int | None]:
 @torch.no_grad()
 def _alone(member: Member, text: Sequence[int], device: torch.device) -> Tensor:
     model: Any = plain(member.model)
-    with evaluating(model):
+    with evaluating(model.modules()):
         logits_BTV: Tensor = model(input_ids=torch.tensor([text], device=device), use_cache=False).logits
     return logits_BTV[:, -1]
 

@@ -19,6 +19,9 @@ from torch import Tensor
 from isoray.config.base import Config
 from isoray.generation.contrast import Gamma
 
+COLDEST = 1e-20
+"""Temperatures above 0 count as no lower, so that scores stay finite in float32."""
+
 
 class SamplingConfig(Config):
     """How a text is drawn."""
@@ -101,10 +104,7 @@ def draw_several(scores_N: Tensor, uniforms_K: np.ndarray) -> Tensor:
 
 def _draw(scores_BV: Tensor, uniform_B: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
     if any(one.temperature != 1 for one in params):
-        temperature_B = scores_BV.new_tensor([one.temperature for one in params])
-        # With the best score at 0, no temperature makes it infinite.
-        scores_BV = scores_BV - scores_BV.amax(-1, keepdim=True)
-        scores_BV = scores_BV / temperature_B.clamp_min(torch.finfo(torch.float32).tiny)[:, None]
+        scores_BV = scores_BV / scores_BV.new_tensor([[max(one.temperature, COLDEST)] for one in params])
     cut = [row for row, one in enumerate(params) if one.top_k or one.top_p < 1]
     if len(cut) == len(params):
         scores_BV = _cut(scores_BV, params)
@@ -121,8 +121,8 @@ def _cut(scores_BV: Tensor, params: Sequence[SamplingConfig]) -> Tensor:
 
     Scores equal to the last that is kept stay, too: which of them did would hang on how the other rows are cut.
     """
-    vocabulary = scores_BV.shape[1]
-    kept = [min(one.top_k or vocabulary, vocabulary) for one in params]
+    possible = int(scores_BV.isfinite().sum(-1).max())
+    kept = [min(one.top_k or possible, possible) for one in params]
     best_BK = scores_BV.topk(max(kept), dim=-1).values
     rank_K = torch.arange(max(kept), device=scores_BV.device)
     best_BK = best_BK.masked_fill(rank_K >= torch.tensor(kept, device=scores_BV.device)[:, None], -math.inf)
