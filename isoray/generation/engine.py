@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
+from pydantic import Field
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
@@ -92,9 +93,9 @@ class Engine(Component, ABC):
 
         kind: str
         """Which engine: `transformers` or `vllm`."""
-        slots: int = 16
+        slots: int = Field(default=16, ge=1)
         """How many sequences are computed side by side."""
-        context: int | None = None
+        context: int | None = Field(default=None, ge=2)
         """Longest sequence, prompt and new tokens together; default: what the models were made for."""
 
     config: Config
@@ -212,7 +213,5 @@ def _encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:
     # A start token that the text itself begins with is not put before it once more.
     special = not (isinstance(start, str) and text.startswith(start))
     ids = list(encode(text, add_special_tokens=special).input_ids)
-    end = tokenizer.eos_token
-    if ids and ids[-1] == tokenizer.eos_token_id and isinstance(end, str) and not text.endswith(end):
-        ids.pop()  # some tokenizers end every text; here it is to go on
-    return ids
+    ends_every_text = special and encode("a").input_ids[-1:] == [tokenizer.eos_token_id]
+    return ids[:-1] if ends_every_text else ids  # here it is to go on

@@ -60,8 +60,8 @@ class TransformersEngine(Engine):
     ) -> None:
         """``models``: those of the contrast, in memory; left out, they are loaded from their folders.
 
-        Models given stay the caller's: training them between requests changes what is generated. Raises UserError for
-        models that cannot be contrasted or run.
+        Models given stay the caller's, but for their device: training them between requests changes what is generated.
+        Raises UserError for models that cannot be contrasted or run.
         """
         super().__init__(config)
         if config.compile and not config.static_cache:
@@ -77,7 +77,7 @@ class TransformersEngine(Engine):
             {member.role: member.vocabulary for member in self.members},
         )
         self.context = _context(config.context, self.members)
-        self._ends = frozenset(token for token in end_tokens(self.members[0]) if token < self.vocabulary)
+        self._ends = frozenset(token for token in _end_tokens(self.members[0]) if token < self.vocabulary)
         self._waiting: OrderedDict[str, Request] = OrderedDict()
         self._tasks: list[Single | Beams] = []
         self._runner = self._started()
@@ -181,12 +181,12 @@ class TransformersEngine(Engine):
             return True
         slots = self.config.slots
         # One prompt at a time would cost as much as a step of all: wait for some rows to be free.
-        wanted = max(self._width(next(iter(self._waiting.values()))), min(slots // 8, len(self._waiting)))
+        wanted = max(self._next_width(), min(slots // 8, len(self._waiting)))
         return slots - self._runner.slots.rows >= wanted
 
-    def _width(self, request: Request) -> int:
-        """How many rows ``request`` needs; none if it can only be refused."""
-        beams = request.sampling.beams
+    def _next_width(self) -> int:
+        """How many rows the request needs that waits longest; none if it can only be refused."""
+        beams = next(iter(self._waiting.values())).sampling.beams
         return beams if beams <= self.config.slots else 0
 
     def _start(self) -> list[Delta]:
@@ -194,7 +194,7 @@ class TransformersEngine(Engine):
         deltas: list[Delta] = []
         tasks: list[Task] = []
         free = self.config.slots - self._runner.slots.rows
-        while self._waiting and self._width(next(iter(self._waiting.values()))) <= free:
+        while self._waiting and self._next_width() <= free:
             _, request = self._waiting.popitem(last=False)
             try:
                 tasks.append(self._task(request))
@@ -255,7 +255,7 @@ class TransformersEngine(Engine):
                 task.rows = [moved.get(row, row) for row in task.rows]
 
 
-def end_tokens(member: Member) -> frozenset[int]:
+def _end_tokens(member: Member) -> frozenset[int]:
     """The tokens that end a text, by the model's generation config and the tokenizer."""
     configured = plain(member.model).generation_config
     found = getattr(configured, "eos_token_id", None)
@@ -271,7 +271,7 @@ def _context(wanted: int | None, members: Sequence[Member]) -> int:
 
 
 def _token_scores(index: int, ids: list[int], log_probs: Mapping[Role, Tensor]) -> TokenScores:
-    if broken := [role for role, values in log_probs.items() if not bool(values.isfinite().all())]:
+    if broken := [role for role, values in log_probs.items() if bool(values.isnan().any())]:
         reason = f"the {' and the '.join(broken)} model gave logits that are not numbers (NaN or infinite)"
         return TokenScores(tuple(ids), {}, f"text {index}: {reason}")
     return TokenScores(tuple(ids), {role: tuple(values.tolist()) for role, values in log_probs.items()})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from generating import CONTEXT, PAIR, assert_as_slow, engine_of, mixed, slow_text, some_prompts, tiny, tokenizer
-from toy_tokenizer import EOS
+from pydantic import ValidationError
+from toy_tokenizer import BOS, EOS, save_byte_tokenizer
 
 from isoray.errors import UserError
 from isoray.generation import transformers
@@ -17,6 +19,7 @@ from isoray.generation.contrast import ContrastConfig
 from isoray.generation.engine import Completion, Request
 from isoray.generation.sampling import SamplingConfig, seed_of
 from isoray.generation.transformers import TransformersEngine
+from isoray.models.load import load_tokenizer
 
 MODELS = tiny(0), tiny(1)
 
@@ -242,6 +245,25 @@ def test_prompts_are_texts_or_tokens() -> None:
         assert one.token_ids == again.token_ids
         assert (one.prompt, one.prompt_tokens, other.prompt_tokens) == ("héllo", 6, 6)
         assert engine.generate([]) == []
+
+
+def test_start_and_end_tokens_of_prompts(tmp_path: Path) -> None:
+    """The start token comes once, and no end token: the text is to go on."""
+    both = load_tokenizer(save_byte_tokenizer(tmp_path, adds_bos=True, adds_eos=True))
+    assert both("a").input_ids == [BOS, ord("a"), EOS]
+    with engine_of(*MODELS, tokenizers=[both, both]) as engine:
+        assert engine.encode("a") == engine.encode("<s>a") == [BOS, ord("a")]
+        assert engine.encode("a</s>") == [BOS, ord("a"), EOS]
+        assert engine.encode([1, EOS]) == [1, EOS]
+    with engine_of(*MODELS) as engine:
+        assert engine.encode("a") == [ord("a")]
+        assert engine.encode("<s>a") == [BOS, ord("a")]
+
+
+def test_an_engine_has_slots() -> None:
+    for wrong in ({"slots": 0}, {"context": 1}):
+        with pytest.raises(ValidationError):
+            TransformersEngine.Config(**wrong)
 
 
 def test_a_growing_cache_is_not_compiled() -> None:

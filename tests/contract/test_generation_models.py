@@ -99,6 +99,19 @@ def test_scores_say_how_generated_texts_were_drawn() -> None:
             assert scores.log_probs["positive"][len(prompt) - 1 :] == pytest.approx(one.log_probs, abs=1e-4)
 
 
+def test_a_token_that_a_model_excludes_has_a_score() -> None:
+    model = tiny(0)
+
+    def exclude(_: object, __: object, out: Any) -> None:
+        out.logits[..., 7] = -torch.inf
+
+    model.register_forward_hook(exclude)
+    with engine_of(model, tiny(1)) as engine:
+        (scores,) = engine.score([[1, 7, 2]])
+        assert scores.error is None and scores.log_probs["positive"][0] == -torch.inf
+        assert scores.contrast(PAIR)[0] < -9000
+
+
 def test_texts_that_cannot_be_scored_are_named() -> None:
     model = tiny(0)
     model.model.embed_tokens.weight.data[99] = torch.nan
