@@ -70,6 +70,7 @@ class TransformersEngine(Engine):
         self._options = LoadOptions(
             dtype=config.dtype, attention=config.attention, trust_remote_code=config.trust_remote_code
         )
+        self._models_are_ours = models is None
         self.members = load_members(contrast, self._options) if models is None else members_of(models, contrast)
         self.tokenizer = self.members[0].tokenizer
         self.vocabulary: int = shared_vocabulary(
@@ -167,13 +168,18 @@ class TransformersEngine(Engine):
         if member is None:
             raise UserError(f"The contrast has no {role} model; it has {', '.join(self.contrast.models)}.")
         member.update(weights, self._options)
+        self._forget_packed()
 
     def _notice_new_weights(self) -> None:
-        """With no request under way, the models may have been trained since they were last used."""
-        if not self._tasks:
-            for member in self.members:
-                assert member.quickened is not None
-                member.quickened.forget()
+        """With no request under way, models that others hold may have been trained since they were last used."""
+        if self._models_are_ours or self._tasks:
+            return
+        self._forget_packed()
+
+    def _forget_packed(self) -> None:
+        for member in self.members:
+            assert member.quickened is not None
+            member.quickened.forget()
 
     def _has_room(self) -> bool:
         """Whether the request that waits longest should start now."""

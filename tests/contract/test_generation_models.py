@@ -148,6 +148,9 @@ def test_weights_come_from_folders(tmp_path: Path) -> None:
         engine.update("negative", third)
         with opened(ContrastConfig(positive=str(first), negative=str(third))) as other:
             assert generated(engine) == generated(other) != before
+            engine.update("positive", load_file(third / "model.safetensors"))
+            other.update("positive", third)
+            assert generated(engine) == generated(other)
 
 
 @pytest.mark.parametrize("optimizer", [{}, {"foreach": True}, {"fused": True}], ids=str)
