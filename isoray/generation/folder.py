@@ -61,6 +61,12 @@ def make_contrast_folder(contrast: ContrastConfig, out: Path, options: LoadOptio
     return out
 
 
+def read_spec(folder: Path) -> dict[str, Any]:
+    """What a contrast folder says of its contrast: models, form, alpha, gamma, shared vocabulary."""
+    spec: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))[KEY]
+    return spec
+
+
 def _write_config(
     out: Path, contrast: ContrastConfig, folders: dict[Any, Path], vocabulary: int, made_from: str, first: Path
 ) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from isoray.errors import DataError, UserError
 from isoray.generation.contrast import ContrastConfig, Role
 from isoray.generation.engine import Completion, Delta, Engine, Finish, Prompt, Request, TokenScores, failed
-from isoray.generation.folder import make_contrast_folder
+from isoray.generation.folder import make_contrast_folder, read_spec
 from isoray.generation.vllm_plugin import KEY, LOAD_FORMAT
 from isoray.models.config import Dtype, LoadOptions
 from isoray.models.load import load_tokenizer
@@ -66,6 +66,7 @@ class VllmEngine(Engine):
             out = Path(config.folder) if config.folder else self._scratch / "contrast"
             folder = make_contrast_folder(contrast, out, LoadOptions(dtype=config.dtype))
             self.tokenizer = load_tokenizer(folder)
+            self.vocabulary = int(read_spec(folder)["vocabulary"])
             self._engine = _start(config, folder)
         except BaseException:
             shutil.rmtree(self._scratch, ignore_errors=True)

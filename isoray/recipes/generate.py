@@ -15,7 +15,7 @@ from pydantic import PositiveInt
 
 from isoray.cluster import connect
 from isoray.config.base import Component, Slot
-from isoray.errors import DataError, UserError
+from isoray.errors import DataError
 from isoray.generation.batch import (
     COMPLETIONS,
     AnswerShard,
@@ -31,7 +31,8 @@ from isoray.generation.prompts import PromptsConfig, read_prompts
 from isoray.generation.sampling import SamplingConfig
 from isoray.generation.transformers import TransformersEngine
 from isoray.models.config import ModelConfig
-from isoray.models.load import check, prepare, weights_digest
+from isoray.models.load import prepare, weights_digest
+from isoray.models.locate import locate
 from isoray.recipes.base import Recipe
 from isoray.run import Run, to_json
 from isoray.scaling import Placement, ScalingConfig, local_resources, plan
@@ -70,7 +71,7 @@ class Generate(Recipe):
         """Models, prompts, completions."""
         config = self.config
         for role, path in config.contrast.models.items():
-            _check_model(role, path)
+            locate(path, what=f"contrast.{role}")
         contrast = config.contrast.model_copy(
             update={role: str(self._folder(run, role, path)) for role, path in config.contrast.models.items()}
         )
@@ -139,16 +140,6 @@ class Generate(Recipe):
                 f"{len(failed)} of {len(rows)} prompts could not be answered, the first: {failed[0]}. Mend the prompts "
                 "or raise `max_failed`; all completions and errors are in the run folder."
             )
-
-
-def _check_model(role: Role, path: str) -> None:
-    try:
-        check(ModelConfig(path=path))
-    except UserError as error:
-        raise UserError(f"contrast.{role}: {error}") from error
-    folder = Path(path).expanduser()
-    if (folder / "config.json").is_file() and not any(folder.glob("*.safetensors")):
-        raise UserError(f"contrast.{role}: {folder} holds no weights (*.safetensors).")
 
 
 @contextmanager

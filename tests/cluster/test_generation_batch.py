@@ -208,7 +208,7 @@ def test_bad_prompts_and_models_are_told_before_anything_starts(
     empty = tmp_path / "empty"
     small_model(empty, 0)
     (empty / "model.safetensors").unlink()
-    with pytest.raises(UserError, match=r"contrast\.negative: .* holds no weights"):
+    with pytest.raises(UserError, match=r"contrast\.negative: .* has a config.json but no \*.safetensors"):
         run(f"contrast.negative={empty}")
     with pytest.raises(DataError, match="10 of 1000 prompts could not be answered, the first: request 13: "):
         run("max_failed=0.001", "sampling.max_tokens=1")

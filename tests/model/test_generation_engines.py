@@ -108,7 +108,7 @@ def test_log_probabilities_of_the_drawn_tokens(engine: Engine, reference: Scores
 
 
 def test_sampled_distribution_is_the_reference_s(engine: Engine, reference: Scores) -> None:
-    draws, prompt = 800, "The"
+    draws, prompt = 800, "Once upon a"
     completions = engine.generate([prompt] * draws, SamplingConfig(max_tokens=1, eos="ignore"), seed=5)
     counts = Counter(completion.token_ids[0] for completion in completions)
     probabilities = reference([engine.encode(prompt)])[0].softmax(-1).double().numpy()
