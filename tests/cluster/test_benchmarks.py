@@ -36,3 +36,12 @@ def test_untrac() -> None:
     assert re.search(r"isoray is [\d.]+ times as fast as trainer-cores", shown)
     assert "(rounding)" in shown
     assert re.search(r"^floor +[\d.]+ ", shown, re.MULTILINE)
+
+
+@pytest.mark.timeout(600)
+def test_contrast() -> None:
+    shown = run("contrast.py")
+    rates = re.findall(r"^(\S+) +([\d.]+) tokens/s", shown, re.MULTILINE)
+    assert [name for name, _ in rates][:2] == ["transformers", "isoray"]
+    assert all(float(rate) > 0 for _, rate in rates)
+    assert "isoray: 16 of 16 texts equal those of transformers" in shown
