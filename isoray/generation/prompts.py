@@ -27,7 +27,8 @@ class PromptsConfig(Config):
     column: str = "prompt"
     """Column with the prompt; of text files, their lines."""
     texts: tuple[str, ...] = ()
-    """The prompts themselves, instead of `path`. The tokenizer's start token, such as `<s>`, starts from nothing."""
+    """The prompts themselves, used where there is no `path`. The tokenizer's start token, such as `<s>`, starts from
+    nothing."""
     format: Format = "auto"
     """Format of the files; `auto` goes by their names."""
     where: dict[str, Scalar | tuple[Scalar, ...]] = Field(default_factory=dict)
@@ -38,9 +39,9 @@ class PromptsConfig(Config):
     """How many texts are generated for each prompt, each with a seed of its own."""
 
     @model_validator(mode="after")
-    def _one_origin(self) -> Self:
-        if (self.path is None) == (not self.texts):
-            raise ValueError("give exactly one of `path` (a table of prompts) and `texts` (the prompts themselves)")
+    def _some_origin(self) -> Self:
+        if self.path is None and not self.texts:
+            raise ValueError("give `path` (a table of prompts) or `texts` (the prompts themselves)")
         return self
 
 
@@ -49,7 +50,7 @@ def read_prompts(config: PromptsConfig, *, seed: int) -> Iterator[dict[str, Any]
 
     Raises DataError, with the place, for a row without a prompt or one that cannot be read.
     """
-    rows = [{"prompt": text} for text in config.texts] if config.texts else list(_rows(config))
+    rows = [{"prompt": text} for text in config.texts] if config.path is None else list(_rows(config))
     if not rows:
         raise DataError(f"{config.path} holds no prompts{' with ' + str(config.where) if config.where else ''}.")
     if config.limit is not None and config.limit < len(rows):
