@@ -15,12 +15,13 @@ from peft import PeftModel
 
 from isoray.config.base import digest_of
 from isoray.errors import UserError
-from isoray.generation.contrast import ContrastConfig
+from isoray.generation.contrast import ContrastConfig, Role
 from isoray.generation.vllm_plugin import ARCHITECTURE, KEY
 from isoray.generation.vocabulary import shared_vocabulary
 from isoray.models.config import LoadOptions
 from isoray.models.folders import whole_folder
 from isoray.models.load import base_of, load, load_tokenizer, read_config, save
+from isoray.models.locate import locate
 
 
 def make_contrast_folder(contrast: ContrastConfig, out: Path, options: LoadOptions | None = None) -> Path:
@@ -30,7 +31,7 @@ def make_contrast_folder(contrast: ContrastConfig, out: Path, options: LoadOptio
     UserError for models that cannot be contrasted: other tokenizers, no weights, encoder-decoders.
     """
     options = options or LoadOptions()
-    folders = {role: Path(path).expanduser().absolute() for role, path in contrast.models.items()}
+    folders = {role: _local(role, path) for role, path in contrast.models.items()}
     made_from = digest_of([contrast.model_dump(mode="json"), {role: _state(path) for role, path in folders.items()}])
     if (out / "config.json").is_file():
         found = json.loads((out / "config.json").read_text(encoding="utf-8")).get(KEY)
@@ -39,11 +40,9 @@ def make_contrast_folder(contrast: ContrastConfig, out: Path, options: LoadOptio
         if found["made_from"] == made_from:
             return out
     configs = {role: read_config(base_of(path), options) for role, path in folders.items()}
-    for role, path in folders.items():
+    for role in folders:
         if configs[role].is_encoder_decoder:
             raise UserError(f"The {role} model is an encoder-decoder; a contrast takes decoder-only models.")
-        if not any(path.glob("*.safetensors")):
-            raise UserError(f"The {role} model's folder {path} holds no weights (*.safetensors).")
     tokenizers = {str(role): load_tokenizer(path) for role, path in folders.items()}
     vocabulary = shared_vocabulary(
         tokenizers, {str(role): int(config.get_text_config().vocab_size) for role, config in configs.items()}
@@ -65,6 +64,16 @@ def read_spec(folder: Path) -> dict[str, Any]:
     """What a contrast folder says of its contrast: models, form, alpha, gamma, shared vocabulary."""
     spec: dict[str, Any] = json.loads((folder / "config.json").read_text(encoding="utf-8"))[KEY]
     return spec
+
+
+def _local(role: Role, path: str) -> Path:
+    place = locate(path, what=f"the contrast's {role} model")
+    if place.kind not in ("transformers", "adapter"):
+        raise UserError(
+            f"the contrast's {role} model: vLLM takes local Transformers folders, not {path}; make one of it with "
+            "isoray.models.load.prepare, as the recipe `generate` does by itself."
+        )
+    return place.path.absolute()
 
 
 def _write_config(

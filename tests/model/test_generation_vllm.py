@@ -111,7 +111,7 @@ def test_bad_folders_are_refused_and_nothing_is_left(make: Maker, tmp_path: Path
     positive, empty = make(0), make(1)
     (empty / "model.safetensors").unlink()
     out = tmp_path / "contrast"
-    with pytest.raises(UserError, match=r"negative model's folder .* holds no weights"):
+    with pytest.raises(UserError, match=r"the contrast's negative model: .* no \*.safetensors"):
         make_contrast_folder(ContrastConfig(positive=str(positive), negative=str(empty)), out)
     other = make(2)
     texts = ["quite other words to learn from, so the merges differ"] * 3
@@ -120,6 +120,10 @@ def test_bad_folders_are_refused_and_nothing_is_left(make: Maker, tmp_path: Path
         make_contrast_folder(ContrastConfig(positive=str(positive), negative=str(other)), out)
     with pytest.raises(UserError, match="holds a model"):
         make_contrast_folder(ContrastConfig(positive=str(positive), negative=str(make(3))), positive)
+    with pytest.raises(
+        UserError, match="positive model: vLLM takes local Transformers folders, not gpt2"
+    ):
+        make_contrast_folder(ContrastConfig(positive="gpt2"), out)
     assert not out.exists()
 
 
