@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from isoray.generation.contrast import ContrastConfig, Fused, fuse, weights
-from isoray.generation.engine import Delta, failed
+from isoray.generation.contrast import ContrastConfig, Fused, Role, fuse, weights
+from isoray.generation.engine import Delta, failed, not_numbers
 from isoray.generation.sampling import COLDEST, SamplingConfig, draw, draw_several
 from isoray.generation.sequences import Beams, Single
 
@@ -44,8 +44,7 @@ def choose(tasks: Sequences, logits: Sequence[Tensor], contrast: ContrastConfig,
     for task in tasks:
         begin, end = end, end + len(task.rows)
         if any(broken[begin:end]):
-            guilty = _guilty([values[begin:end] for values in logits], contrast)
-            reason = f"the {guilty} gave logits that are not numbers (NaN or infinite)"
+            reason = not_numbers(_guilty([values[begin:end] for values in logits], contrast))
             choice.deltas.append(failed(task.task.request, reason, prompt_tokens=len(task.task.prompt_ids)))
             choice.ended.append(task)
             choice.broken += task.rows
@@ -76,13 +75,12 @@ def _fused(
     return fuse(logits, weights_MB.to(device), torch.tensor(alphas, device=device), forbidden)
 
 
-def _guilty(logits: Sequence[Tensor], contrast: ContrastConfig) -> str:
-    roles = [
+def _guilty(logits: Sequence[Tensor], contrast: ContrastConfig) -> list[Role]:
+    return [
         role
         for role, values in zip(contrast.models, logits, strict=True)
         if not bool(torch.log_softmax(values.float(), -1).amax(-1).isfinite().all())
     ]
-    return " and the ".join(f"{role} model" for role in roles)
 
 
 def _draw(

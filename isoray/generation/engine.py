@@ -6,8 +6,9 @@ cannot be answered ends with an error that names it; the others of its batch are
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -205,6 +206,21 @@ def failed(request: Request, reason: str, *, prompt_tokens: int = 0) -> Delta:
     """The end of a request that cannot be answered."""
     message = f"request {request.id}: {reason}"
     return Delta(request.id, "", Completion(request.id, request.prompt, "", (), (), "error", prompt_tokens, message))
+
+
+def not_numbers(roles: Iterable[str]) -> str:
+    """What is said where models gave NaN or infinite logits."""
+    return (
+        f"the {' and the '.join(f'{role} model' for role in roles)} gave logits that are not numbers (NaN or infinite)"
+    )
+
+
+def token_scores(index: int, ids: Sequence[int], log_probs: Mapping[Role, Sequence[float]]) -> TokenScores:
+    """The scores of text number ``index``; an error where some model gave numbers that are none."""
+    broken = [role for role, values in log_probs.items() if any(map(math.isnan, values))]
+    if broken:
+        return TokenScores(tuple(ids), {}, f"text {index}: {not_numbers(broken)}")
+    return TokenScores(tuple(ids), {role: tuple(values) for role, values in log_probs.items()})
 
 
 def _encode_text(tokenizer: PreTrainedTokenizerFast, text: str) -> list[int]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from isoray.errors import DataError, UserError
 from isoray.generation.choosing import choose
 from isoray.generation.contrast import ContrastConfig, Role
-from isoray.generation.engine import Delta, Engine, Prompt, Request, TokenScores, failed
+from isoray.generation.engine import Delta, Engine, Prompt, Request, TokenScores, failed, token_scores
 from isoray.generation.members import Member, load_members, members_of, ready
 from isoray.generation.runner import Runner, by_tokens, check_members, padded
 from isoray.generation.sequences import Beams, Single, Task
@@ -157,8 +157,8 @@ class TransformersEngine(Engine):
             ids_BT, mask_BT = padded([ids for _, ids in sound[batch]], self._runner.device, left=False)
             found = {member.role: member.log_probs(ids_BT, mask_BT, self.vocabulary).cpu() for member in self.members}
             for row, (index, ids) in enumerate(sound[batch]):
-                log_probs = {role: values[row, : len(ids) - 1] for role, values in found.items()}
-                scores[index] = _token_scores(index, ids, log_probs)
+                log_probs = {role: values[row, : len(ids) - 1].tolist() for role, values in found.items()}
+                scores[index] = token_scores(index, ids, log_probs)
         return [scores[index] for index in range(len(texts))]
 
     def update(self, role: Role, weights: Mapping[str, Tensor] | Path) -> None:
@@ -274,10 +274,3 @@ def _context(wanted: int | None, members: Sequence[Member]) -> int:
     if not lengths:
         raise UserError("None of the models says how long a text may be; set the engine's `context`.")
     return min(lengths)
-
-
-def _token_scores(index: int, ids: list[int], log_probs: Mapping[Role, Tensor]) -> TokenScores:
-    if broken := [role for role, values in log_probs.items() if bool(values.isnan().any())]:
-        reason = f"the {' and the '.join(broken)} model gave logits that are not numbers (NaN or infinite)"
-        return TokenScores(tuple(ids), {}, f"text {index}: {reason}")
-    return TokenScores(tuple(ids), {role: tuple(values.tolist()) for role, values in log_probs.items()})

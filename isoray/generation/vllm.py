@@ -18,7 +18,18 @@ from torch import Tensor
 
 from isoray.errors import DataError, UserError
 from isoray.generation.contrast import ContrastConfig, Role
-from isoray.generation.engine import Completion, Delta, Engine, Finish, Prompt, Request, TokenScores, failed
+from isoray.generation.engine import (
+    Completion,
+    Delta,
+    Engine,
+    Finish,
+    Prompt,
+    Request,
+    TokenScores,
+    failed,
+    not_numbers,
+    token_scores,
+)
 from isoray.generation.folder import make_contrast_folder, read_spec
 from isoray.generation.vllm_plugin import KEY, LOAD_FORMAT
 from isoray.models.config import Dtype, LoadOptions
@@ -101,7 +112,11 @@ class VllmEngine(Engine):
         if self._requests:
             outputs = self._engine.step()
             broken = self._broken() if any(output.finished for output in outputs) else {}
-            deltas += [self._delta(output, broken) for output in outputs if output.request_id in self._requests]
+            for name in broken.keys() & self._requests.keys():
+                deltas.append(self._failed(name, broken[name]))
+                self._engine.abort_request([name])
+            known = self._requests.keys() - broken.keys()
+            deltas += [self._delta(output) for output in outputs if output.request_id in known]
             for delta in deltas:
                 if delta.completion is not None:
                     self._requests.pop(delta.id, None)
@@ -140,7 +155,7 @@ class VllmEngine(Engine):
                         found[index][role] = _prompt_log_probs(output, encoded[index])
             finally:
                 self._tell("isoray_alone", None)
-        scores |= {index: TokenScores(tuple(ids), found[index]) for index, ids in encoded.items()}
+        scores |= {index: token_scores(index, ids, found[index]) for index, ids in encoded.items()}
         return [scores[index] for index in range(len(texts))]
 
     def update(self, role: Role, weights: Mapping[str, Tensor] | Path) -> None:
@@ -208,7 +223,11 @@ class VllmEngine(Engine):
             extra_args={KEY: asked},
         )
 
-    def _delta(self, output: Any, broken: Mapping[str, list[str]]) -> Delta:
+    def _failed(self, name: str, roles: Sequence[str]) -> Delta:
+        request = self._requests[name]
+        return failed(request, not_numbers(roles), prompt_tokens=len(self.encode(request.prompt)))
+
+    def _delta(self, output: Any) -> Delta:
         request = self._requests[output.request_id]
         (answer,) = output.outputs
         given = self._text.get(request.id, "")
@@ -216,10 +235,6 @@ class VllmEngine(Engine):
         piece = answer.text[len(given) :]
         if not output.finished:
             return Delta(request.id, piece)
-        if request.id in broken:
-            models = " and the ".join(broken[request.id])
-            reason = f"the {models} model gave logits that are not numbers (NaN or infinite)"
-            return failed(request, reason, prompt_tokens=len(output.prompt_token_ids))
         tokens = tuple(answer.token_ids)
         log_probs = tuple(step[token].logprob for token, step in zip(tokens, answer.logprobs, strict=True))
         ended = answer.finish_reason == "stop" and not isinstance(answer.stop_reason, str)

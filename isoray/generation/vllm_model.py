@@ -118,6 +118,8 @@ class ContrastForCausalLM(nn.Module):
         self.rows = rows_of(vllm_config)
         self.alone: Role | None = None
         """Set while texts are scored: the model whose logits come out, instead of the contrast."""
+        self.unsound = False
+        """Whether any model gave numbers that are none while texts were scored."""
         self._device: torch.device | None = None
         self._parameters_MB: tuple[Tensor, Tensor, Tensor | None] | None = None
 
@@ -146,6 +148,7 @@ class ContrastForCausalLM(nn.Module):
                     return None
                 logits[role] = found[:, : self.vocabulary]
         if self.alone is not None:
+            self.unsound = self.unsound or bool(hidden_states.isnan().any())
             return self._padded(logits[self.alone].float())
         weights_MB, alpha_B, forbidden_BV = self._row_parameters(len(hidden_states), hidden_states.device)
         scores_BV, broken_B = fuse(list(logits.values()), weights_MB, alpha_B, forbidden_BV)

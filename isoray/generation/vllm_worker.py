@@ -25,18 +25,28 @@ class WorkerExtension:
 
     def isoray_alone(self, role: Role | None) -> None:
         """Give out the logits of one model, or of the contrast again (None)."""
-        self._isoray_model().alone = role
+        model = self._isoray_model()
+        model.alone = role
+        if model.unsound:
+            model.unsound = False
+            self._isoray_wipe()
 
     def isoray_broken(self) -> dict[str, list[str]]:
         """Requests for which models gave numbers that are none, and which; forgotten then."""
         rows = self._isoray_model().rows
         broken, rows.broken = rows.broken, {}
         if broken:
-            # Whoever gets their blocks next reads past its own tokens, with weight 0; but 0 x NaN is NaN.
-            for cache in self.model_runner.kv_caches:
-                if isinstance(cache, Tensor) and cache.is_floating_point():
-                    torch.nan_to_num_(cache, nan=0.0, posinf=0.0, neginf=0.0)
+            self._isoray_wipe()
         return broken
+
+    def _isoray_wipe(self) -> None:
+        """Make zeros of what is no number in the caches.
+
+        Whoever gets a block next reads past its own tokens, with weight 0; but 0 x NaN is NaN.
+        """
+        for cache in self.model_runner.kv_caches:
+            if isinstance(cache, Tensor) and cache.is_floating_point():
+                torch.nan_to_num_(cache, nan=0.0, posinf=0.0, neginf=0.0)
 
     def isoray_update(self, role: Role, folder: str) -> None:
         """Replace weights of one model by those in ``folder``."""

@@ -64,6 +64,9 @@ def test_a_request_whose_numbers_break_down_fails_alone(make: Maker, vllm_engine
         assert mixed[1].finish == "error" and mixed[1].text == ""
         assert mixed[1].error.startswith("request 1: the negative model gave logits that are not numbers")
         assert [one.token_ids for one in engine.generate(PROMPTS, GREEDY)] == [one.token_ids for one in good]
+        sound, unsound = engine.score(["one two", "one eight two"])
+        assert sound.error is None and unsound.error.startswith("text 1: the negative model gave logits")
+        assert [one.token_ids for one in engine.generate(PROMPTS, GREEDY)] == [one.token_ids for one in good]
 
 
 def test_models_of_other_depth_and_padding(make: Maker, vllm_engine) -> None:
@@ -120,9 +123,7 @@ def test_bad_folders_are_refused_and_nothing_is_left(make: Maker, tmp_path: Path
         make_contrast_folder(ContrastConfig(positive=str(positive), negative=str(other)), out)
     with pytest.raises(UserError, match="holds a model"):
         make_contrast_folder(ContrastConfig(positive=str(positive), negative=str(make(3))), positive)
-    with pytest.raises(
-        UserError, match="positive model: vLLM takes local Transformers folders, not gpt2"
-    ):
+    with pytest.raises(UserError, match="positive model: vLLM takes local Transformers folders, not gpt2"):
         make_contrast_folder(ContrastConfig(positive="gpt2"), out)
     assert not out.exists()
 
