@@ -72,15 +72,15 @@ class VllmEngine(Engine):
         """Loads the contrast's models from their folders. Raises UserError where vLLM is missing or refuses them."""
         super().__init__(config)
         self.contrast = contrast
-        self._scratch = Path(tempfile.mkdtemp(prefix="isoray-vllm-"))
+        self._scratch = None if config.folder else Path(tempfile.mkdtemp(prefix="isoray-vllm-"))
         try:
-            out = Path(config.folder) if config.folder else self._scratch / "contrast"
+            out = self._scratch / "contrast" if self._scratch else Path(str(config.folder))
             folder = make_contrast_folder(contrast, out, LoadOptions(dtype=config.dtype))
             self.tokenizer = load_tokenizer(folder)
             self.vocabulary = int(read_spec(folder)["vocabulary"])
             self._engine = _start(config, folder)
         except BaseException:
-            shutil.rmtree(self._scratch, ignore_errors=True)
+            self._remove_scratch()
             raise
         self.context = int(self._engine.vllm_config.model_config.max_model_len)
         self._end = self._end_tokens()
@@ -166,14 +166,10 @@ class VllmEngine(Engine):
         if isinstance(weights, Path):
             self._tell("isoray_update", role, str(weights.absolute()))
         else:
-            folder = self._scratch / "update"
-            folder.mkdir(exist_ok=True)
-            try:
+            with tempfile.TemporaryDirectory(prefix="isoray-vllm-") as folder:
                 plain = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-                save_file(plain, folder / "model.safetensors")
-                self._tell("isoray_update", role, str(folder))
-            finally:
-                shutil.rmtree(folder, ignore_errors=True)
+                save_file(plain, Path(folder) / "model.safetensors")
+                self._tell("isoray_update", role, folder)
         self._engine.reset_prefix_cache()
 
     def close(self) -> None:
@@ -183,7 +179,11 @@ class VllmEngine(Engine):
             engine.engine_core.shutdown()
             del engine
             _forget_process_groups()
-        shutil.rmtree(self._scratch, ignore_errors=True)
+        self._remove_scratch()
+
+    def _remove_scratch(self) -> None:
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)
 
     def _tell(self, method: str, *values: Any) -> list[Any]:
         return list(self._engine.collective_rpc(method, args=values))

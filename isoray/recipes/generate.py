@@ -27,9 +27,11 @@ from isoray.generation.batch import (
 )
 from isoray.generation.contrast import ContrastConfig, Role
 from isoray.generation.engine import Engine
+from isoray.generation.folder import make_contrast_folder
 from isoray.generation.prompts import PromptsConfig, read_prompts
 from isoray.generation.sampling import SamplingConfig
 from isoray.generation.transformers import TransformersEngine
+from isoray.generation.vllm import VllmEngine
 from isoray.models.config import ModelConfig
 from isoray.models.load import prepare, weights_digest
 from isoray.models.locate import locate
@@ -95,7 +97,7 @@ class Generate(Recipe):
             return last
         with _placement(config, run, shards) as placement, run.phase("generation", jobs=shards) as phase:
             phase.advance(shards - len(missing_shards(run.folder, shards)))
-            engine = _engine(config, placement)
+            engine = _engine(config, placement, contrast, run.folder / "models" / "contrast")
 
             def work(missing: tuple[int, ...]) -> AnswerShard:
                 return AnswerShard(
@@ -151,12 +153,15 @@ def _placement(config: Generate.Config, run: Run, shards: int) -> Iterator[Place
         yield plan(config.scaling, resources, jobs=shards)
 
 
-def _engine(config: Generate.Config, placement: Placement) -> Engine.Config:
-    """The engines' config; several on the same cores must not tie their threads to the same ones."""
+def _engine(config: Generate.Config, placement: Placement, contrast: ContrastConfig, folder: Path) -> Engine.Config:
+    """The engines' config. Those of vLLM share a contrast folder, and must not tie their threads to the same cores."""
     engine = config.engine
     assert isinstance(engine, Engine.Config)
-    alone = placement.lanes == 1
-    return engine if alone or engine.kind != "vllm" else engine.model_copy(update={"pin_threads": False})
+    if not isinstance(engine, VllmEngine.Config):
+        return engine
+    shared = make_contrast_folder(contrast, Path(engine.folder) if engine.folder else folder)
+    alone = engine.pin_threads and placement.lanes == 1
+    return engine.model_copy(update={"folder": str(shared.absolute()), "pin_threads": alone})
 
 
 def _settings(config: Generate.Config) -> dict[str, Any]:
