@@ -124,7 +124,7 @@ def fuse(logits: Sequence[Tensor], weights_MB: Tensor, alpha_B: Tensor, forbidde
     """
     log_probs = []
     for logits_BV in logits:
-        scores_BV = logits_BV.float().contiguous()  # a softmax over strided memory takes ten times as long
+        scores_BV = logits_BV.float().contiguous()  # a softmax over strided memory is slow
         if forbidden_BV is not None:
             scores_BV = scores_BV.masked_fill(forbidden_BV, -math.inf)
         log_probs.append(torch.log_softmax(scores_BV, dim=-1))

@@ -58,8 +58,7 @@ class VllmEngine(Engine):
         pin_threads: bool = True
         """On CPUs: tie each compute thread to a core of its own; not where several engines share the cores."""
         compile: bool = False
-        """Let vLLM compile the models: a minute at the start, 10 to 20 % more tokens per second on CPUs; on GPUs CUDA
-        graphs, too."""
+        """Let vLLM compile the models: a longer start, more tokens per second; on GPUs CUDA graphs, too."""
         prefix_caching: bool = False
         """Keep the caches of prompts for later prompts that begin alike. Saves their computation; results may then
         differ in the last bits by what came before."""

@@ -8,7 +8,6 @@ that need a next token are left.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -120,7 +119,6 @@ class ContrastForCausalLM(nn.Module):
         """Set while texts are scored: the model whose logits come out, instead of the contrast."""
         self.unsound = False
         """Whether any model gave numbers that are none while texts were scored."""
-        self._device: torch.device | None = None
         self._parameters_MB: tuple[Tensor, Tensor, Tensor | None] | None = None
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
@@ -155,10 +153,6 @@ class ContrastForCausalLM(nn.Module):
         if bool(broken_B.any()):
             self._end_broken(scores_BV, broken_B, logits)
         return self._padded(scores_BV)
-
-    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
-        """Not used: see :class:`isoray.generation.vllm_loader.ContrastLoader`."""
-        raise NotImplementedError("a contrast folder has no weights; load it with the load format isoray_contrast")
 
     def _row_parameters(self, count: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Weights [models, rows], alphas [rows] and forbidden tokens [rows, vocabulary] of the batch."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -35,13 +35,7 @@ PROMPT = (10, 200, 37, 4)
 DRAWS = 3000
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small wait for a second thread longer than it helps them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def drawn(contrast: ContrastConfig, models: Sequence[torch.nn.Module], sampling: SamplingConfig) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -25,13 +24,7 @@ SAMPLING = SamplingConfig(max_tokens=12, eos="ignore")
 PROMPTS = some_prompts(6)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Models this small wait for a second thread longer than it helps them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def test_scores_are_the_log_softmax_of_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -126,6 +126,8 @@ def test_a_row_with_numbers_that_are_none_leaves_nothing_behind() -> None:
         layer.keys[0] = torch.nan
         layer.values[0] = torch.nan
     ledger.slots.wipe([0])
+    for layer in ledger.slots.caches["positive"].layers:
+        assert layer.keys.isfinite().all() and layer.values.isfinite().all()
     ledger.remove([0])
     ledger.append([1], [1])
     ledger.append([8], [1])  # the view now begins before the others do
