@@ -83,7 +83,8 @@ class Quickened:
     def __init__(self, model: PreTrainedModel, *, packed: bool) -> None:
         """``packed``: float32 linear layers on the CPU get a copy of their weights in oneDNN's own layout.
 
-        A product of a few rows is quicker with it, as MKL, which torch asks otherwise, is made for many rows. It costs as much memory as those weights take, and a pass over them after each :meth:`forget`.
+        A product of a few rows is quicker with it, as MKL, which torch asks otherwise, is made for many rows. It costs
+        as much memory as those weights take, and a pass over them after each :meth:`forget`.
         """
         self._modules = list(model.modules())
         self._config: Any = model.config
