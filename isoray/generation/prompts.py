@@ -61,17 +61,25 @@ def read_prompts(config: PromptsConfig, *, seed: int) -> Iterator[dict[str, Any]
             yield {**row, "row": number, "repeat": repeat}
 
 
-def _rows(config: PromptsConfig) -> Iterator[dict[str, Any]]:
-    assert config.path is not None
-    column = config.column
-    corpus = CorpusConfig(
+def inputs_of(config: PromptsConfig) -> list[Any]:
+    """What :func:`read_prompts` depends on, JSON-able: the settings, and the files' sizes and times."""
+    files = find_files(_table(config), CorporaConfig()) if config.path is not None else []
+    return [config.model_dump(mode="json"), [[file.label, file.bytes, file.modified] for file in files]]
+
+
+def _table(config: PromptsConfig) -> CorpusConfig:
+    return CorpusConfig(
         name="prompts",
         path=config.path,
         format=config.format,
         document="line",
-        columns=Columns(text=column),
+        columns=Columns(text=config.column),
         where=config.where,
     )
+
+
+def _rows(config: PromptsConfig) -> Iterator[dict[str, Any]]:
+    column, corpus = config.column, _table(config)
     files = tuple(find_files(corpus, CorporaConfig()))
     if all(file.format == "text" for file in files):  # the one column of a text file has no other name
         column = "text"

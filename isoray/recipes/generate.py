@@ -28,7 +28,7 @@ from isoray.generation.batch import (
 from isoray.generation.contrast import ContrastConfig, Role
 from isoray.generation.engine import Engine
 from isoray.generation.folder import make_contrast_folder
-from isoray.generation.prompts import PromptsConfig, read_prompts
+from isoray.generation.prompts import PromptsConfig, inputs_of, read_prompts
 from isoray.generation.sampling import SamplingConfig
 from isoray.generation.transformers import TransformersEngine
 from isoray.generation.vllm import VllmEngine
@@ -82,7 +82,7 @@ class Generate(Recipe):
             read_prompts(config.prompts, seed=config.seed),
             run.folder,
             shard_size=config.shard_size,
-            inputs=to_json([config.prompts, config.sampling, _settings(config), digests, config.seed]),
+            inputs=to_json([inputs_of(config.prompts), config.sampling, _settings(config), digests, config.seed]),
         )
         last = self._answer(run, contrast, shards)
         self._finish(run, last, digests)

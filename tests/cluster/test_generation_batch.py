@@ -20,6 +20,7 @@ from isoray.config.load import load
 from isoray.errors import DataError, UserError
 from isoray.generation.batch import AnswerShard, answer_missing, missing_shards, read_completions, stage_prompts
 from isoray.generation.contrast import ContrastConfig
+from isoray.generation.prompts import PromptsConfig, inputs_of
 from isoray.generation.sampling import SamplingConfig, seed_of
 from isoray.generation.transformers import TransformersEngine
 from isoray.recipes.generate import Generate
@@ -180,6 +181,16 @@ def test_prompts_of_a_ray_dataset(contrast: ContrastConfig, tmp_path: Path) -> N
     assert stage_prompts(iter(()), tmp_path, shard_size=4, inputs="a dataset") == 3, "they are staged already"
     stage_prompts(rows[:2], tmp_path, shard_size=4, inputs="others")
     assert missing_shards(tmp_path, 1) == [0], "other prompts need other completions"
+
+
+def test_prompts_that_have_changed_on_disk_are_other_prompts(tmp_path: Path) -> None:
+    path = tmp_path / "prompts.txt"
+    path.write_text("one\n")
+    config = PromptsConfig(path=str(path))
+    before = inputs_of(config)
+    assert inputs_of(config) == before
+    path.write_text("one\ntwo\n")
+    assert inputs_of(config) != before
 
 
 def test_bad_prompts_and_models_are_told_before_anything_starts(
