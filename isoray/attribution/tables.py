@@ -112,7 +112,7 @@ def _add_baselines(found: Influence, plan: Plan, seed: int) -> None:
 
 
 def _truth(plan: Plan, records: Records) -> scores.Scores:
-    """I(test, corpus) = L(test, without corpus) - L(test, all), the mean over repetitions (METHODS 1.2)."""
+    """I(test, corpus) = L(test, without corpus) - L(test, all), the mean over repetitions (Isonuma and Titov, 2024)."""
     assert plan.truth is not None
     rises: list[dict[str, dict[str, float]]] = []
     for repeat in range(plan.truth.repeats):

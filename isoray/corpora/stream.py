@@ -30,7 +30,7 @@ class BlockStream:
     epoch, and step k takes the k-th ``batch_size`` of them. ``exclude`` names corpora to leave out *with common random
     numbers*: the batch at step k is that of the full mixture, in which only the excluded corpora's blocks are replaced,
     by blocks of the remaining corpora in a seeded order of their own. Two streams that differ in what they exclude thus
-    agree wherever they can, which takes the sampling noise out of their difference (leave-one-out, METHODS 1.2).
+    agree wherever they can, which takes the sampling noise out of their difference (leave-one-out).
 
     Unshuffled, the remaining blocks come in order and the last batch of an epoch may be short.
 

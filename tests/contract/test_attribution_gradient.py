@@ -118,7 +118,7 @@ def test_a_loss_that_is_not_finite_is_reported() -> None:
 
 
 def test_grad_dot_is_one_step_of_untrac_and_of_untrac_inv(tmp_path: Path) -> None:
-    """METHODS 1.8, 1 and 2: ascend by one SGD step of size epsilon on a set, see how the other's loss rises."""
+    """Ascend by one SGD step of size epsilon on a set, see how the other's loss rises."""
     epsilon = 1e-5
     train, test = batches(examples(6, seed=6), 3), batches(examples(4, seed=7), 2)
 
@@ -141,7 +141,7 @@ def test_grad_dot_is_one_step_of_untrac_and_of_untrac_inv(tmp_path: Path) -> Non
 
 
 def test_gradient_scores_put_the_test_set_itself_first_and_do_not_flip_sign(tmp_path: Path) -> None:
-    """METHODS 1.8, 3: after training on a set, that set helps it most; larger = more helpful."""
+    """After training on a set, that set helps it most; larger = more helpful."""
     model = language_model().eval()
     test = [torch.tensor([1, 2, 3, 1, 2, 3]) + shift for shift in (0, 3, 6)]
     random = examples(3, seed=8)

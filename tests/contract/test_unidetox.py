@@ -99,7 +99,7 @@ def test_distilled_text_detoxifies_also_where_the_toxic_text_did_not_look(whole:
 
 
 def test_distilled_texts_score_higher_and_pull_away_from_toxicity(whole: Path) -> None:
-    """METHODS 2.8, 3 and 4."""
+    """What the method rests on (Lu et al., 2025, section 3)."""
     metrics = read(whole)["metrics"]
     assert metrics["log_ratio/unidetox"] > metrics["log_ratio/plain"] + 0.05
     assert metrics["cosine/unidetox"] > 0.03

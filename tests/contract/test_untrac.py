@@ -145,7 +145,7 @@ def dots(bench: Workbench, tmp_path: Path) -> dict[tuple[str, str], float]:
 
 
 def test_one_small_step_of_sgd_is_grad_dot(bench: Workbench, dots: dict[tuple[str, str], float]) -> None:
-    """METHODS 1.8.1, for every corpus and test set whose gradients are not orthogonal."""
+    """To first order both agree with the gradients, for every corpus and test set whose gradients are not orthogonal."""
     largest = max(abs(dot) for dot in dots.values())
     compared = 0
     for corpus in bench.train:
@@ -158,7 +158,7 @@ def test_one_small_step_of_sgd_is_grad_dot(bench: Workbench, dots: dict[tuple[st
 
 
 def test_untrac_and_its_inverse_agree_to_first_order(bench: Workbench, dots: dict[tuple[str, str], float]) -> None:
-    """METHODS 1.8.2."""
+    """To first order the two are one dot product, seen from either side."""
     largest = max(abs(dot) for dot in dots.values())
     forward = {corpus: rises(bench, corpus) for corpus in bench.train}
     for test in bench.test:
@@ -185,7 +185,7 @@ def test_a_gradient_job_is_autograd_s(bench: Workbench, tmp_path: Path) -> None:
 def test_a_duplicate_of_the_test_set_ranks_first_and_random_letters_last_or_near_zero(
     run: Path, estimator: str
 ) -> None:
-    """METHODS 1.8.3."""
+    """What the estimators must agree on before any number of theirs is believed."""
     rows = json.loads((run / "results.json").read_text())["tables"]["influence"]
     score = {r["corpus"]: r["score"] for r in rows if (r["estimator"], r["test"]) == (estimator, "where")}
     assert max(score, key=lambda name: score[name]) == "same"
@@ -196,7 +196,7 @@ ADAM: dict[str, Any] = {"steps": 6, "batch_size": 8, "optimizer": AdamConfig(lr=
 
 
 def test_jobs_leave_no_trace_in_each_other(run: Path, bench: Workbench, tmp_path: Path) -> None:
-    """METHODS 1.8.4: weights are restored to the last bit and the optimizer starts anew, whatever ran before."""
+    """Weights are restored to the last bit and the optimizer starts anew, whatever ran before."""
     jobs: dict[str, Any] = {
         "corpus": unlearn("same", **ADAM),
         "test set": unlearn("counted", **ADAM),
