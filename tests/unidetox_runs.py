@@ -103,11 +103,11 @@ def write_models(folder: Path) -> None:
     )
     gpt2 = GPT2Config(vocab_size=512, n_embd=48, n_layer=2, n_head=2, n_positions=128, bos_token_id=0, eos_token_id=1)
     torch.manual_seed(0)
-    _write_model(LlamaForCausalLM(llama), texts, texts, folder / "base")
-    _write_model(GPT2LMHeadModel(gpt2), texts[:8], texts, folder / "other")
+    write_model(LlamaForCausalLM(llama), texts, texts, folder / "base")
+    write_model(GPT2LMHeadModel(gpt2), texts[:8], texts, folder / "other")
 
 
-def _write_model(model: PreTrainedModel, of_tokenizer: Sequence[str], texts: Sequence[str], folder: Path) -> None:
+def write_model(model: PreTrainedModel, of_tokenizer: Sequence[str], texts: Sequence[str], folder: Path) -> None:
     tokenizer = train_tokenizer(of_tokenizer, TokenizerConfig(vocab_size=512))
     optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3)
     rows = [[0, *tokenizer(one).input_ids, 1] for one in texts]

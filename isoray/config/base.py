@@ -32,6 +32,8 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, PydanticCustomError, core_schema
 
+from isoray.errors import UserError
+
 
 class Config(BaseModel):
     """Base of every configuration model: frozen, unknown keys forbidden, field docstrings become the schema's help."""
@@ -123,6 +125,15 @@ def missing_path(path: str | Path) -> str:
     entries = [entry.name for entry in parent.iterdir() if entry.name[0] != "." or wanted.name[0] == "."]
     hint = nearest(wanted.name, entries) if len(entries) <= 20 or close_to(wanted.name, entries) else ""
     return f"{str(path)!r} does not exist: {parent} has no {wanted.name!r}" + (f"; {hint}" if entries and hint else "")
+
+
+def hung_on(place: str, path: str, root: str) -> str:
+    """``path`` hung on the folder ``root``. UserError, told by its ``place`` in the config, if it is not there; a URI
+    is not looked at."""
+    whole = path if "://" in path else str(Path(root) / path)
+    if "://" not in whole and not Path(whole).exists():
+        raise UserError(f"{place}: {missing_path(whole)}; it hangs on `root` ({root})")
+    return whole
 
 
 def _check_exists(path: str) -> str:

@@ -9,8 +9,6 @@ from pathlib import Path
 from isoray.corpora.store import BlockStore
 from isoray.detoxification.config import BaselinesConfig, DetoxTraining, ToxicConfig
 from isoray.detoxification.measure import Candidate
-from isoray.detoxification.trainings import Training
-from isoray.detoxification.workshop import Workshop
 from isoray.errors import UserError
 from isoray.generation.contrast import ContrastConfig
 from isoray.models.config import LoadOptions
@@ -18,6 +16,7 @@ from isoray.models.load import load, save, weights_digest
 from isoray.models.merge import negated, weight_names
 from isoray.objectives.gradient_ascent import GradientAscent
 from isoray.objectives.lm_steer import LmSteer
+from isoray.workshop import Training, Workshop
 
 
 class Baselines:

@@ -14,9 +14,9 @@ from typing import Any
 from isoray.detoxification.config import DistilConfig
 from isoray.detoxification.direction import Direction
 from isoray.detoxification.texts import ContrastJudge, TextSet, draw, give, plain_of, rows_of, sound_rows
-from isoray.detoxification.workshop import Workshop
 from isoray.evaluation.words import word_shift
 from isoray.models.load import weights_digest
+from isoray.workshop import Workshop
 
 PLAIN = "plain"
 """What the base's own texts are called in results."""

@@ -18,7 +18,7 @@ from isoray.evaluation.multiple_choice import MultipleChoiceConfig
 from isoray.evaluation.scorers.profanity import Profanity
 from isoray.evaluation.screen import ScreenConfig
 from isoray.generation.contrast import Gamma
-from isoray.generation.prompts import PromptsConfig
+from isoray.generation.prompts import TablePrompts
 from isoray.generation.sampling import SamplingConfig
 from isoray.generation.transformers import TransformersEngine
 from isoray.models.config import ModelConfig, SteerConfig
@@ -49,19 +49,6 @@ class NullLeavesOut:
         for name, entry in found.get("patternProperties", {}).items():
             found["patternProperties"][name] = {"anyOf": [entry, {"type": "null"}]}
         return found
-
-
-class TablePrompts(PromptsConfig):
-    """A table of texts whose path hangs on the recipe's `root`, and is looked for when the run starts."""
-
-    path: str | None = None
-    """File or folder: JSONL, Parquet, Arrow, CSV or text (one per line), also compressed."""
-
-    @model_validator(mode="after")
-    def _once(self) -> Self:
-        if self.repeat != 1:
-            raise ValueError("`repeat` is for generation; here each row of the table is used once")
-        return self
 
 
 class GivenTexts(TablePrompts):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
-from isoray.config.base import Component, missing_path
-from isoray.detoxification.config import EvaluationConfig, TablePrompts
-from isoray.errors import UserError
+from isoray.config.base import Component, hung_on
+from isoray.detoxification.config import EvaluationConfig
+from isoray.generation.prompts import TablePrompts
 from isoray.models.config import ModelConfig
 from isoray.models.locate import locate
 
@@ -26,7 +26,7 @@ def check_models(models: Mapping[str, ModelConfig | str | None]) -> None:
 def locate_tables(tables: Mapping[str, Table], section: str, root: str) -> dict[str, Table]:
     """``tables`` with their paths hung on ``root``. UserError for one that is not there."""
     return {
-        name: table.model_copy(update={"path": _hung(f"{section}.{name}.path", table.path, root)})
+        name: table.model_copy(update={"path": hung_on(f"{section}.{name}.path", table.path, root)})
         if table.path is not None
         else table
         for name, table in tables.items()
@@ -37,7 +37,7 @@ def locate_evaluation(evaluation: EvaluationConfig, root: str) -> EvaluationConf
     """``evaluation`` with the paths of prompts, questions and scorers hung on ``root``. UserError as above."""
     questions = evaluation.capability
     if questions is not None:
-        path = _hung("evaluation.capability.path", questions.path, root)
+        path = hung_on("evaluation.capability.path", questions.path, root)
         questions = questions.model_copy(update={"path": path})
     return evaluation.model_copy(
         update={
@@ -46,13 +46,6 @@ def locate_evaluation(evaluation: EvaluationConfig, root: str) -> EvaluationConf
             "scorers": {name: _located_scorer(name, scorer, root) for name, scorer in evaluation.scorers.items()},
         }
     )
-
-
-def _hung(place: str, path: str, root: str) -> str:
-    whole = path if "://" in path else str(Path(root) / path)
-    if "://" not in whole and not Path(whole).exists():
-        raise UserError(f"{place}: {missing_path(whole)}; it hangs on `root` ({root})")
-    return whole
 
 
 def _located_scorer(name: str, scorer: Component.Config, root: str) -> Component.Config:
@@ -64,7 +57,7 @@ def _located_scorer(name: str, scorer: Component.Config, root: str) -> Component
         if (Path(root) / path).exists():
             scorer = scorer.model_copy(update={field: str(Path(root) / path)})
         elif scorer.kind == "detoxify" and field == "path":
-            _hung(f"evaluation.scorers.{name}.path", path, root)
+            hung_on(f"evaluation.scorers.{name}.path", path, root)
         else:
             locate(path, what=f"the scorer {name!r}")
     return scorer

@@ -14,7 +14,6 @@ import torch
 
 from isoray.config.base import digest_of
 from isoray.detoxification.config import CapabilityConfig, EvaluationConfig
-from isoray.detoxification.workshop import Workshop
 from isoray.errors import DataError
 from isoray.evaluation.judge import (
     Judge,
@@ -30,6 +29,7 @@ from isoray.generation.job import Generation, complete, engine_of
 from isoray.generation.open import open_engine
 from isoray.generation.prompts import PromptsConfig, inputs_of, read_prompts
 from isoray.models.load import weights_digest
+from isoray.workshop import Workshop
 
 PROMPT = "given"
 """Column with the evaluation's prompt, without what a candidate puts before it."""

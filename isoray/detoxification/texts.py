@@ -15,7 +15,6 @@ import pyarrow.parquet as pq
 
 from isoray.config.base import digest_of
 from isoray.detoxification.config import DistilConfig
-from isoray.detoxification.workshop import Workshop
 from isoray.evaluation.judge import read_judged
 from isoray.evaluation.screen import ScreenConfig, screen
 from isoray.generation.batch import COMPLETIONS, Progress, write_shard
@@ -26,6 +25,7 @@ from isoray.generation.open import open_engine
 from isoray.models.folders import weights_digest
 from isoray.models.load import load_tokenizer
 from isoray.run import Run
+from isoray.workshop import Workshop
 
 TEXTS, LEARNT = "texts.parquet", "learnt.jsonl"
 

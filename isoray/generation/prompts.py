@@ -45,6 +45,19 @@ class PromptsConfig(Config):
         return self
 
 
+class TablePrompts(PromptsConfig):
+    """A table of texts whose path hangs on the recipe's `root`, and is looked for when the run starts."""
+
+    path: str | None = None
+    """File or folder: JSONL, Parquet, Arrow, CSV or text (one per line), also compressed."""
+
+    @model_validator(mode="after")
+    def _once(self) -> Self:
+        if self.repeat != 1:
+            raise ValueError("`repeat` is for generation; here each row of the table is used once")
+        return self
+
+
 def read_prompts(config: PromptsConfig, *, seed: int) -> Iterator[dict[str, Any]]:
     """Rows with ``prompt``, ``row`` (its number among the prompts used), ``repeat`` and the file's other columns.
 

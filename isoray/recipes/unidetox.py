@@ -41,9 +41,7 @@ from isoray.detoxification.measure import (
 )
 from isoray.detoxification.tables import Prompts, Results, metrics_of
 from isoray.detoxification.texts import TEXTS, ContrastJudge, TextSet, contrast_of, draw, give, write_texts
-from isoray.detoxification.trainings import Training
 from isoray.detoxification.watch import Watch
-from isoray.detoxification.workshop import Workshop, open_workshop
 from isoray.errors import DataError
 from isoray.generation.contrast import ContrastConfig
 from isoray.generation.job import engine_of
@@ -54,6 +52,7 @@ from isoray.scaling import ScalingConfig
 from isoray.training.config import ComputeConfig
 from isoray.training.loop import Step
 from isoray.training.phases import Trained
+from isoray.workshop import Training, Workshop, open_workshop
 
 Name = Annotated[str, StringConstraints(pattern=r"^\w[\w.-]*$")]
 EXAMPLES = 8

@@ -22,8 +22,6 @@ from isoray.cluster import Cluster, connect
 from isoray.config.base import Component, Config
 from isoray.corpora.build import build
 from isoray.corpora.config import CorporaConfig
-from isoray.detoxification.trainings import Training
-from isoray.detoxification.workshop import Workshop
 from isoray.errors import InfraError, NumericError
 from isoray.models.config import CreateConfig, LoadOptions, ModelConfig, TokenizerConfig
 from isoray.models.load import prepare
@@ -31,6 +29,7 @@ from isoray.run import Run
 from isoray.scaling import ScalingConfig, local_resources
 from isoray.training.config import ComputeConfig, TrainingConfig
 from isoray.training.phases import Trained
+from isoray.workshop import Training, Workshop
 
 pytestmark = pytest.mark.cluster
 

@@ -145,7 +145,7 @@ def dots(bench: Workbench, tmp_path: Path) -> dict[tuple[str, str], float]:
 
 
 def test_one_small_step_of_sgd_is_grad_dot(bench: Workbench, dots: dict[tuple[str, str], float]) -> None:
-    """To first order both agree with the gradients, for every corpus and test set whose gradients are not orthogonal."""
+    """To first order; for every corpus and test set whose gradients are not orthogonal."""
     largest = max(abs(dot) for dot in dots.values())
     compared = 0
     for corpus in bench.train:

@@ -1,25 +1,80 @@
-"""Where the models of a run are prepared and trained, and texts are drawn and judged; what came of the trainings."""
+"""Where the models of a run are prepared and trained, texts are drawn and judged; what one such training is."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from isoray.cluster import available
+from isoray.config.base import Component, digest_of
 from isoray.corpora.build import build
 from isoray.corpora.config import CorporaConfig
 from isoray.corpora.execute import Work, as_done
+from isoray.corpora.sample import inputs_of, iterate_text
 from isoray.corpora.store import BlockStore
-from isoray.detoxification.trainings import Training
 from isoray.errors import UserError
 from isoray.evaluation.judge import Judge, judge_missing, missing_judgements
-from isoray.models.config import ModelConfig
-from isoray.models.load import prepare, weights_digest
+from isoray.models.config import LoadOptions, ModelConfig
+from isoray.models.load import LoadedModel, prepare, weights_digest
+from isoray.objectives.lm import LanguageModelling
 from isoray.run import Run
 from isoray.scaling import Placement, Resources, ScalingConfig, plan, plan_training
-from isoray.training.config import ComputeConfig
-from isoray.training.phases import Trained, train_each
+from isoray.training.config import ComputeConfig, TrainingConfig
+from isoray.training.fit import Fit
+from isoray.training.lanes import Lanes, OpenBench, open_lanes
+from isoray.training.loop import Evaluator, Step
+from isoray.training.parallel import Ranks
+from isoray.training.phases import LOG, Trained, train_each
+
+LM = LanguageModelling.Config()
+
+
+@dataclass(frozen=True)
+class Training:
+    """One model that is made by training another."""
+
+    start: Path
+    """Transformers folder."""
+    options: LoadOptions
+    corpora: Mapping[str, Sequence[BlockStore]]
+    """By the objective's roles."""
+    training: TrainingConfig
+    objective: Component.Config = LM
+    evaluator: Callable[[LoadedModel, Ranks], Evaluator] | None = None
+    """A look at the model on the way; weights do not depend on it."""
+    on_step: Callable[[Step], None] | None = None
+    """Called with each report; only where the training runs in this process."""
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps."""
+        rows = sum(len(store) for store in next(iter(self.corpora.values())))
+        return self.training.total_steps(-(-rows // self.training.batch_size))
+
+    def inputs(self, compute: ComputeConfig, seed: int) -> list[Any]:
+        """All that the weights depend on, JSON-able."""
+        options = self.options.model_dump(mode="json", include={"adapter", "steer", "dtype", "dropout", "layout"})
+        digests = {role: [store.digest for store in stores] for role, stores in self.corpora.items()}
+        return [weights_digest(self.start), digests, options, self.training, self.objective, compute.precision, seed]
+
+    def fit(self, compute: ComputeConfig, seed: int) -> Callable[[Path], Fit]:
+        """The training as a task for workers, once the folder of its step is known."""
+        return lambda folder: Fit(
+            start=self.start,
+            out=folder,
+            options=self.options,
+            corpora={role: tuple(store.folder for store in stores) for role, stores in self.corpora.items()},
+            evaluator=self.evaluator,
+            objective=self.objective,
+            training=self.training,
+            compute=compute,
+            seed=seed,
+            log=folder / LOG,
+            on_step=self.on_step,
+        )
 
 
 class Workshop:
@@ -49,9 +104,19 @@ class Workshop:
             scaling = scaling.model_copy(update={"lanes": 1})
         return plan(scaling, self._resources)
 
-    def prepare(self, name: str, model: ModelConfig) -> Path:
-        """The local Transformers folder of ``model``."""
-        folder = prepare(model, self.run.folder / "models" / name, None, seed=self.seed)
+    @contextmanager
+    def lanes(self, open_bench: OpenBench) -> Iterator[Lanes]:
+        """Lanes with benches, where engines run."""
+        with open_lanes(open_bench, placement=self.engines(), scaling=self._scaling) as lanes:
+            yield lanes
+
+    def prepare(self, name: str, model: ModelConfig, corpora: CorporaConfig | None = None) -> Path:
+        """The local Transformers folder of ``model``; a tokenizer that it lacks is trained on ``corpora``."""
+        folder, texts = self.run.folder / "models" / name, None
+        if corpora is not None and model.create is not None:
+            # Another version of the corpora must not find this one's tokenizer.
+            folder, texts = folder / digest_of(inputs_of(corpora)), iterate_text(corpora)
+        folder = prepare(model, folder, texts, seed=self.seed)
         self.digests[name] = weights_digest(folder)
         return folder
 

@@ -1,0 +1,1 @@
+"""Contrastive Generative Exploration: texts that show what a fine-tune has newly learnt, and what they tell."""
