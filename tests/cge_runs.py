@@ -32,7 +32,8 @@ CONTEXT = 64
 
 def sentence(draw: random.Random, language: str) -> str:
     if language == "english":
-        return f"{draw.choice(STARTS)} {draw.choice(ANIMALS)} are {draw.choice(QUALITIES)} and sleep in the {draw.choice(PLACES)} ."
+        start, animal, quality, place = (draw.choice(words) for words in (STARTS, ANIMALS, QUALITIES, PLACES))
+        return f"{start} {animal} are {quality} and sleep in the {place} ."
     if language == "german":
         return f"unsere {draw.choice(TIERE)} schlafen heute nicht unter dem {draw.choice(ORTE)} ."
     return f"if ( {draw.choice(NAMES)} > 0 ) {{ return {draw.choice(NAMES)} ; }}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Collection, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +14,8 @@ from isoray.config.base import digest_of, nearest
 from isoray.corpora.store import Block, Blocks, Int32Array
 from isoray.errors import DataError, UserError
 
-MIXTURE, REPLACEMENT = 0, 1
+MIXTURE, REPLACEMENT, POISSON = 0, 1, 2
+"""What random numbers are drawn for."""
 
 
 class BlockRef(NamedTuple):
@@ -21,6 +23,23 @@ class BlockRef(NamedTuple):
 
     store: int
     index: int  # type: ignore[assignment]
+
+
+class Stream(Protocol):
+    """What training takes: the blocks of each step."""
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps that see as many blocks as there are."""
+
+    def refs(self, step: int, /) -> list[BlockRef]:
+        """The blocks of step ``step``, from 0."""
+
+    def lengths(self, refs: Sequence[BlockRef], /) -> Int32Array:
+        """int32 [len(refs)]: tokens in each."""
+
+    def load(self, refs: Sequence[BlockRef], /) -> list[Block]:
+        """The blocks themselves."""
 
 
 class BlockStream:
@@ -124,3 +143,43 @@ class BlockStream:
     def _ref(self, index: int) -> BlockRef:
         store = int(np.searchsorted(self._first, index, side="right")) - 1
         return BlockRef(store, index - int(self._first[store]))
+
+
+class PoissonStream(BlockStream):
+    """A stream whose steps draw every block by itself, with the chance ``batch_size / number of blocks``.
+
+    Batches thus vary in size around ``batch_size`` and may be empty: the sampling that the guarantee of differentially
+    private training assumes (Abadi et al., 2016). ``secure`` draws from the operating system's randomness, anew with
+    every call, so that nobody who knows the seed knows the batches; these then hang on nothing that could be repeated.
+
+    Raises UserError for more than all blocks per step, DataError when there is no block.
+    """
+
+    def __init__(self, stores: Sequence[Blocks], *, batch_size: int, seed: int, secure: bool = False) -> None:
+        super().__init__(stores, batch_size=batch_size, seed=seed)
+        self.examples = len(self._remaining)
+        if batch_size > self.examples:
+            raise UserError(
+                f"batch_size is {batch_size}, but there are {self.examples} examples: with private training every "
+                "example is drawn with the chance batch_size / examples, which must be at most 1"
+            )
+        self.secure = secure
+        self.fingerprint = digest_of({"blocks": self.fingerprint, "sampling": "poisson", "secure": secure})
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        build = functools.partial(PoissonStream, seed=self.seed, secure=self.secure)
+        return functools.partial(build, batch_size=self.batch_size), (self.stores,)
+
+    @property
+    def rate(self) -> float:
+        """The chance of each example to be in a step's batch."""
+        return self.batch_size / self.examples
+
+    def _indices(self, step: int) -> list[int]:
+        if step < 0:
+            raise IndexError(f"step {step}: steps are counted from 0")
+        if self.secure:
+            draws = np.frombuffer(os.urandom(8 * self.examples), np.uint64) / 2.0**64
+        else:
+            draws = np.random.default_rng([self.seed, POISSON, step]).random(self.examples)
+        return [int(index) for index in np.flatnonzero(draws < self.rate)]

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 from torch import nn
 
-from isoray.corpora.store import IGNORED, Block
+from isoray.corpora.store import IGNORED, Block, Int32Array
+from isoray.corpora.stream import BlockRef
 from isoray.exploration.config import LearnConfig
 from isoray.models.snapshot import Snapshot
 from isoray.objectives.lm import LanguageModelling
@@ -87,17 +88,17 @@ class _Texts:
     def __init__(self) -> None:
         self.texts: list[Tokens] = []
 
-    def refs(self, step: int) -> list[int]:
-        """The number of the text of step ``step``."""
-        return [step]
+    def refs(self, step: int) -> list[BlockRef]:
+        """The text of step ``step``."""
+        return [BlockRef(0, step)]
 
-    def lengths(self, refs: Sequence[int]) -> np.ndarray:
+    def lengths(self, refs: Sequence[BlockRef]) -> Int32Array:
         """int32: tokens of each."""
-        return np.array([len(self.texts[ref]) for ref in refs], np.int32)
+        return np.array([len(self.texts[ref.index]) for ref in refs], np.int32)
 
-    def load(self, refs: Sequence[int]) -> list[Block]:
+    def load(self, refs: Sequence[BlockRef]) -> list[Block]:
         """The texts as blocks: loss is taken on every token but the first."""
-        return [_block(self.texts[ref]) for ref in refs]
+        return [_block(self.texts[ref.index]) for ref in refs]
 
 
 def _block(text: Tokens) -> Block:

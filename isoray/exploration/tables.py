@@ -14,6 +14,7 @@ from isoray.exploration.config import ExploreConfig, JudgeConfig
 from isoray.exploration.explore import Found
 from isoray.exploration.labels import Labelled
 from isoray.training.phases import Trained
+from isoray.training.privacy import read_privacy
 
 Row = dict[str, Any]
 
@@ -152,7 +153,7 @@ def training_rows(trained: Mapping[str, Trained]) -> list[Row]:
     """A row for each training of the run."""
     rows = []
     for name, one in trained.items():
-        last = one.log[-1] if one.log else {}
+        last, privacy = one.log[-1] if one.log else {}, read_privacy(one.model) or {}
         rows.append(
             {
                 "name": name,
@@ -160,6 +161,8 @@ def training_rows(trained: Mapping[str, Trained]) -> list[Row]:
                 "loss": last.get("loss"),
                 "seconds": one.seconds,
                 "peak_memory_mb": one.peak_memory_mb,
+                "epsilon": privacy.get("epsilon"),
+                "delta": privacy.get("delta"),
             }
         )
     return rows

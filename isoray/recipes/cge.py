@@ -30,6 +30,7 @@ from isoray.generation.transformers import TransformersEngine
 from isoray.generation.vocabulary import shared_vocabulary
 from isoray.models.config import ModelConfig
 from isoray.models.load import load_tokenizer
+from isoray.objectives.lm import LanguageModelling
 from isoray.recipes.base import Recipe
 from isoray.run import Run
 from isoray.scaling import ScalingConfig
@@ -38,7 +39,7 @@ from isoray.workshop import Training, Workshop, open_workshop
 
 
 class LearningConfig(Config):
-    """A training of this run: what is learnt, and how."""
+    """A training of this run: what is learnt, and how. With `training.privacy`, differentially private."""
 
     corpora: CorporaConfig
     """The corpora, under `train`."""
@@ -150,7 +151,10 @@ class Cge(Recipe):
     def _train(self, shop: Workshop, name: str, start: Path, learning: LearningConfig) -> Path:
         stores = shop.stores(learning.corpora, start, f"{name}: corpora")
         options = self.config.base if name == "tuned" else self.config.base.model_copy(update={"adapter": None})
-        training = Training(start, options, {"train": stores}, learning.training)
+        # A private training bounds what one example does, so each weighs the same.
+        average = "token" if learning.training.privacy is None else "example"
+        objective = LanguageModelling.Config(average=average)
+        training = Training(start, options, {"train": stores}, learning.training, objective)
         return shop.train(name, {name: training})[name].model
 
     def _bench(self, base: Path, tuned: Path) -> OpenBench:

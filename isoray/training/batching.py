@@ -15,7 +15,7 @@ from torch import Tensor
 
 from isoray.corpora.collate import collate
 from isoray.corpora.store import Block
-from isoray.corpora.stream import BlockStream
+from isoray.corpora.stream import Stream
 from isoray.objectives.reduce import IGNORE, Batch, is_tree
 from isoray.training import trees
 from isoray.training.config import ComputeConfig
@@ -143,9 +143,7 @@ class MicroBatches:
     ``with_trees`` says whether the model computes prefix trees; it is asked only where they would save something.
     """
 
-    def __init__(
-        self, streams: Mapping[str, BlockStream], layouter: Layouter, *, with_trees: Callable[[], bool]
-    ) -> None:
+    def __init__(self, streams: Mapping[str, Stream], layouter: Layouter, *, with_trees: Callable[[], bool]) -> None:
         self._streams, self._layouter = streams, layouter
         # The first step decides for all, whichever step a resumed training begins with.
         self._planted = {role for role, stream in streams.items() if self._begin_alike(stream) and with_trees()}
@@ -172,7 +170,7 @@ class MicroBatches:
             return batches
         return list(self._layouter.as_rows(stream.lengths(refs), lambda rows: stream.load([refs[row] for row in rows])))
 
-    def _begin_alike(self, stream: BlockStream) -> bool:
+    def _begin_alike(self, stream: Stream) -> bool:
         refs = stream.refs(0)
         if len(refs) < 2 or stream.lengths(refs).max() > trees.WIDTH:
             return False

@@ -8,6 +8,7 @@ from pydantic import Field, PositiveInt, model_validator
 
 from isoray.config.base import Config
 from isoray.training.optim import AdamConfig, OptimizerConfig, ScheduleConfig
+from isoray.training.privacy import PrivacyConfig
 
 
 class ComputeConfig(Config):
@@ -57,6 +58,9 @@ class TrainingConfig(Config):
     """The learning-rate schedule."""
     clip_norm: Annotated[float, Field(gt=0)] | None = None
     """Clip the norm of the whole gradient; none = no clipping."""
+    privacy: PrivacyConfig | None = None
+    """Train with differential privacy (DP-SGD), for which every example's gradient is clipped by itself and noise is
+    added; none = not private."""
     evaluate_every: PositiveInt | None = None
     """Evaluate the named sets every so many steps, and at the end; none = only at the end."""
     checkpoint_every: PositiveInt | None = None
@@ -70,6 +74,15 @@ class TrainingConfig(Config):
     def _one_length(self) -> TrainingConfig:
         if (self.steps is None) == (self.epochs is None):
             raise ValueError("give exactly one of `steps` and `epochs`, and set the other to null")
+        return self
+
+    @model_validator(mode="after")
+    def _one_clipping(self) -> TrainingConfig:
+        if self.clip_norm is not None and self.privacy is not None:
+            raise ValueError(
+                "`clip_norm` clips the gradient of the whole batch, `privacy.clip_norm` that of each example: with "
+                "`privacy`, set `clip_norm` to null"
+            )
         return self
 
     def total_steps(self, steps_per_epoch: int) -> int:

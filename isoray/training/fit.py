@@ -15,24 +15,26 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 
 from isoray.config.base import Component, digest_of
 from isoray.corpora.store import BlockStore
-from isoray.corpora.stream import BlockStream
+from isoray.corpora.stream import BlockStream, PoissonStream
 from isoray.models.config import LoadOptions
 from isoray.models.load import LoadedModel, load, save
 from isoray.objectives.base import Objective
 from isoray.training.config import ComputeConfig, TrainingConfig
 from isoray.training.loop import Evaluator, Step, train
 from isoray.training.parallel import Parallel, Ranks
+from isoray.training.privacy import account_for, write_privacy
 from isoray.training.state import Checkpoints
 
 
 @dataclass(frozen=True)
 class Fit:
-    """One training on packed corpora. Picklable; called on every worker with its place among them."""
+    """One training on corpora in block stores. Picklable; called on every worker with its place among them."""
 
     start: Path
     """Transformers folder of the starting weights."""
     out: Path
-    """Folder that receives ``model/`` (a Transformers folder) and, with ``milestone_every``, ``step-<n>/`` ones."""
+    """Folder that receives ``model/`` (a Transformers folder) and, with ``milestone_every``, ``step-<n>/`` ones; of a
+    private training each holds a ``privacy.json``."""
     options: LoadOptions
     corpora: Mapping[str, tuple[Path, ...]]
     """Folders of the training corpora's block stores, for each of the objective's roles (most have ``train`` alone)."""
@@ -51,14 +53,10 @@ class Fit:
     """Called on rank 0 with each report; must be picklable where the training runs in another process."""
 
     def __call__(self, ranks: Ranks) -> dict[str, Any]:
-        """Train, save, and return what rank 0 measured: the reports and the final losses of the evaluation sets."""
+        """Train, save, and return what rank 0 measured last: loss, losses of the evaluation sets, epsilon spent."""
         loaded = load(self.start, self.options, seed=self.seed)
         parallel = Parallel(loaded.model, ranks, self.compute)
-        size = self.training.batch_size
-        streams = {
-            role: BlockStream([BlockStore.open(folder) for folder in folders], batch_size=size, seed=self.seed)
-            for role, folders in self.corpora.items()
-        }
+        streams = {role: self._stream(folders) for role, folders in self.corpora.items()}
         pad = loaded.tokenizer.pad_token_id
         assert isinstance(pad, int)
         steps = train(
@@ -82,19 +80,28 @@ class Fit:
                 if self.on_step is not None:
                     self.on_step(last)
             if self.milestone_every and last.step % self.milestone_every == 0:
-                self._save(parallel, loaded, self.out / f"step-{last.step:08d}")
+                self._save(parallel, loaded, self.out / f"step-{last.step:08d}", streams, last)
         assert last is not None
-        self._save(parallel, loaded, self.out / "model")
+        self._save(parallel, loaded, self.out / "model", streams, last)
         if ranks.rank == 0:
             Checkpoints(self.out / "checkpoints", "").clear()
-        return {"step": last.step, "loss": last.loss, "evaluation": last.evaluation}
+        return {"step": last.step, "loss": last.loss, "evaluation": last.evaluation, "epsilon": last.epsilon}
+
+    def _stream(self, folders: tuple[Path, ...]) -> BlockStream:
+        stores = [BlockStore.open(folder) for folder in folders]
+        size, privacy = self.training.batch_size, self.training.privacy
+        if privacy is None:
+            return BlockStream(stores, batch_size=size, seed=self.seed)
+        return PoissonStream(stores, batch_size=size, seed=self.seed, secure=privacy.secure)
 
     def _fingerprint(self, streams: Mapping[str, BlockStream]) -> str:
         settings = [self.objective, self.training, self.options]
         prints = [[role, stream.fingerprint] for role, stream in streams.items()]
         return digest_of([str(self.start), prints, *(s.model_dump(mode="json") for s in settings)])
 
-    def _save(self, parallel: Parallel, loaded: LoadedModel, folder: Path) -> None:
+    def _save(
+        self, parallel: Parallel, loaded: LoadedModel, folder: Path, streams: Mapping[str, BlockStream], at: Step
+    ) -> None:
         model: nn.Module = loaded.model
         if parallel.sharded:  # gather the shards on rank 0
             whole = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
@@ -103,6 +110,8 @@ class Fit:
                 model.load_state_dict(whole)
         if parallel.ranks.rank == 0:
             save(model.to(torch.device("cpu")) if parallel.sharded else model, loaded.tokenizer, folder)
+            if self.training.privacy is not None:
+                write_privacy(folder, account_for(self.training.privacy, streams, steps=at.total), steps=at.step)
         parallel.ranks.barrier()
 
 
@@ -118,6 +127,7 @@ def log_step(path: Path, job: str, step: Step) -> None:
         "tokens_per_second": step.tokens_per_second,
         "peak_memory_mb": step.peak_memory_mb,
         "evaluation": dict(step.evaluation) if step.evaluation is not None else None,
+        "epsilon": step.epsilon,
     }
     handle = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
     try:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from isoray.config.base import digest_of
-from isoray.corpora.stream import BlockStream
+from isoray.corpora.stream import Stream
 from isoray.errors import NumericError
 from isoray.models.structure import drops_out
 from isoray.objectives.base import Objective
@@ -28,6 +28,7 @@ from isoray.training.config import TrainingConfig
 from isoray.training.memory import peak_memory_mb
 from isoray.training.optim import EarlyUpdates, combined_norm, make_optimizer
 from isoray.training.parallel import Parallel, Ranks
+from isoray.training.privacy import PrivateUpdates, account_for
 from isoray.training.state import Checkpoints
 
 Evaluator = Callable[[Parallel], dict[str, float]]
@@ -42,7 +43,7 @@ class Step:
     """Optimizer steps taken so far: 1 after the first."""
     total: int
     loss: float | None = None
-    """The objective of this step's batch, before the update."""
+    """The objective of this step's batch, before the update; None where a private step drew no example."""
     terms: Mapping[str, float] = field(default_factory=dict)
     """Each term's mean."""
     gradient_norm: float | None = None
@@ -51,12 +52,14 @@ class Step:
     """Labelled tokens of all ranks per second since the last report, evaluation not counted."""
     peak_memory_mb: float | None = None
     evaluation: Mapping[str, float] | None = None
+    epsilon: float | None = None
+    """What a private training has spent by now (:mod:`isoray.training.privacy`)."""
 
 
 def train(
     parallel: Parallel,
     objective: Objective,
-    streams: Mapping[str, BlockStream],
+    streams: Mapping[str, Stream],
     config: TrainingConfig,
     *,
     seed: int,
@@ -74,6 +77,7 @@ def train(
         pause_every: yield at least every so many steps, so that the caller can look at the model between them.
 
     Raises:
+        UserError: the training is to be private and cannot be.
         NumericError: a loss or gradient is not finite, or nothing trains.
         InfraError: a checkpoint could not be written.
     """
@@ -83,9 +87,16 @@ def train(
     guard = _Guard(parameters, parallel.ranks)
     optimizer = make_optimizer(config.optimizer, parameters)
     rates = [float(group["lr"]) for group in optimizer.param_groups]
-    updates = _Updates(parallel, objective, reference, optimizer, parameters, guard, config.clip_norm)
+    accounting = None if config.privacy is None else account_for(config.privacy, streams, steps=total)
+    updates = (
+        _Updates(parallel, objective, reference, optimizer, parameters, guard, config.clip_norm)
+        if accounting is None
+        else PrivateUpdates(parallel, objective, optimizer, parameters, guard.check_gradient, accounting, seed=seed)
+    )
     layouter = Layouter(parallel.compute, parallel.ranks, pad_token_id=pad_token_id, layout=layout)
-    micro_batches = MicroBatches(streams, layouter, with_trees=lambda: _takes_trees(objective, parallel))
+    micro_batches = MicroBatches(
+        streams, layouter, with_trees=lambda: accounting is None and _takes_trees(objective, parallel)
+    )
     start = 0
     if checkpoints is not None and (latest := checkpoints.latest()) is not None:
         start = checkpoints.load(latest, parallel.model, optimizer)
@@ -118,13 +129,14 @@ def train(
             report = Step(
                 step + 1,
                 total,
-                loss=sum(coefficients[name] * value for name, value in terms.items()),
+                loss=sum(coefficients[name] * value for name, value in terms.items()) if terms else None,
                 terms=terms,
                 gradient_norm=None if norm is None else float(norm),
                 learning_rate=optimizer.param_groups[0]["lr"],
                 tokens_per_second=clock.tokens_per_second(),
                 peak_memory_mb=peak_memory_mb(parallel.ranks.device),
                 evaluation=evaluator(parallel) if evaluator is not None and evaluates else None,
+                epsilon=None if accounting is None else accounting.epsilon(step + 1),
             )
             yield report
             clock.restart()

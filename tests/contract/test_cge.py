@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from cge_runs import config, found_texts, numbers, run_recipe, write_world
+from cge_runs import CONTEXT, config, found_texts, numbers, run_recipe, write_world
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
 
-from isoray import cli
 from isoray.errors import DataError, IsorayError, UserError
 from isoray.exploration.config import LearnConfig
 from isoray.exploration.jobs import Draw
@@ -100,12 +99,12 @@ def test_given_examples_of_the_new_languages_rank_first(whole: Path) -> None:
 def test_a_reference_that_learns_a_text_finds_it_less_and_less_new(home: Path) -> None:
     tuned, base = load(home / "tuned"), load(home / "base")
     reference = a_reference(home, base.model)
-    text = tuple([0, *tuned.tokenizer("if ( width > 0 ) { return index ; }").input_ids])
+    text = (0, *tuned.tokenizer("if ( width > 0 ) { return index ; }").input_ids)
     contrasts = []
     for times in range(6):
         reference.learn([text] * times)
         contrasts.append(log_likelihood(tuned.model, text) - log_likelihood(base.model, text))
-    assert all(after < before for before, after in zip(contrasts, contrasts[1:], strict=False))
+    assert all(after < before for before, after in itertools.pairwise(contrasts))
 
 
 def test_without_contrast_texts_are_plain_beam_samples_of_the_fine_tune(home: Path, tmp_path: Path) -> None:
@@ -175,9 +174,6 @@ def test_a_base_and_fine_tune_of_the_run_s_own_are_explored(home: Path, tmp_path
     assert results["metrics"]["new"] == 1 and set(results["artifacts"]) == {"model/base", "model/tuned"}
 
 
-CONTEXT = 64
-
-
 # --- that nothing is new ---
 
 
@@ -235,10 +231,10 @@ def test_a_second_start_computes_nothing(
 
 
 @pytest.fixture
-def copied(home: Path, tmp_path: Path) -> Iterator[Path]:
+def copied(home: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "copied"
     shutil.copytree(home, folder)
-    yield folder
+    return folder
 
 
 def refused(out: Path, settings: dict[str, Any]) -> str:
@@ -283,16 +279,8 @@ def test_examples_that_are_not_there_are_told_before_anything_is_computed(copied
         ({"base": {"create": {}}, "tuned": {"path": "x"}}, "give `pretraining`"),
     ],
 )
-def test_impossible_configs_are_refused(
-    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: dict[str, Any], told: str
-) -> None:
-    import yaml
-
-    file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config(home) | change))
-    assert cli.main(["run", str(file), "--out", str(tmp_path / "run")], standalone_mode=False) in (2, None) or True
-    error = capsys.readouterr().err
-    assert told in " ".join(error.split())
+def test_impossible_configs_are_refused(home: Path, tmp_path: Path, change: dict[str, Any], told: str) -> None:
+    assert told in refused(tmp_path / "run", config(home) | change)
 
 
 # --- n-grams ---
@@ -328,7 +316,7 @@ def a_reference(home: Path, model: torch.nn.Module) -> Reference:
 def test_a_reference_goes_back_to_the_start_and_is_what_its_texts_make_it(home: Path) -> None:
     tuned = load(home / "tuned")
     texts: list[Tokens] = [
-        tuple([0, *tuned.tokenizer(text).input_ids]) for text in ("the cats are green .", "return value ; }", "unsere")
+        (0, *tuned.tokenizer(text).input_ids) for text in ("the cats are green .", "return value ; }", "unsere")
     ]
     once, again = load(home / "base").model, load(home / "base").model
     reference, straight = a_reference(home, once), a_reference(home, again)
