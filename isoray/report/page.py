@@ -153,7 +153,12 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
     )
     made.globals.update(
-        clip=svg.clip, num=numbers.num, count=numbers.count, duration=numbers.duration, plus_minus=numbers.plus_minus
+        clip=svg.clip,
+        num=numbers.num,
+        count=numbers.count,
+        duration=numbers.duration,
+        brief=numbers.brief,
+        plus_minus=numbers.plus_minus,
     )
     return made
 

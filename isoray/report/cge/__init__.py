@@ -11,13 +11,12 @@ from markupsafe import Markup
 from isoray.report.cge import detection, tables
 from isoray.report.cge.curves import curve_panel
 from isoray.report.cge.heat import reach, scale
-from isoray.report.cge.render import render
 from isoray.report.cge.results import LEVEL, Exploration, mapping, power
 from isoray.report.cge.sureness import ordered, rule
 from isoray.report.cge.verdict import judge
 from isoray.report.cge.versus import found_words
 from isoray.report.numbers import duration, finite, plain, short
-from isoray.report.page import Content, RunFiles, Section
+from isoray.report.page import Content, RunFiles, Section, render
 
 
 def content(run: RunFiles) -> Content:
@@ -82,7 +81,7 @@ def _facts(run: RunFiles, explored: Exploration) -> list[tuple[str, Markup | str
 
 def _answer(run: RunFiles, explored: Exploration) -> Section:
     verdict = judge(explored, run.table("trainings"), run.table("labellers"))
-    body = render("answer.html.j2", verdict=verdict, level=LEVEL, many=len(explored.methods) > 1)
+    body = render("cge/answer.html.j2", verdict=verdict, level=LEVEL, many=len(explored.methods) > 1)
     return Section("answer", "The answer", body)
 
 
@@ -95,7 +94,7 @@ def _findings(explored: Exploration) -> Section | None:
     )
     cards = [tables.card(group, sure, explored, far) for group, sure in held]
     body = render(
-        "findings.html.j2",
+        "cge/findings.html.j2",
         cards=cards,
         scale=scale(far),
         shown=any(card["examples"] for card in cards),
@@ -108,7 +107,7 @@ def _methods(explored: Exploration) -> Section | None:
     if not explored.methods or not explored.is_new:
         return None
     body = render(
-        "methods.html.j2",
+        "cge/methods.html.j2",
         curves=curve_panel(explored),
         methods=tables.method_table(explored),
         domains=tables.domain_table(explored) if explored.domains else None,
@@ -123,7 +122,7 @@ def _detection(run: RunFiles) -> Section | None:
     if not rows:
         return None
     body = render(
-        "detection.html.j2",
+        "cge/detection.html.j2",
         findings=detection.findings(rows),
         panels=detection.panels(rows),
         table=detection.table(rows),
@@ -138,7 +137,7 @@ def _trainings(run: RunFiles) -> Section | None:
         return None
     total = sum(finite(row.get("seconds")) or 0.0 for row in rows)
     private = any(finite(row.get("epsilon")) is not None for row in rows)
-    body = render("trainings.html.j2", rows=tables.training_rows(rows), total=total, private=private, power=power)
+    body = render("cge/trainings.html.j2", rows=tables.training_rows(rows), total=total, private=private, power=power)
     return Section("trainings", "What was trained", body)
 
 
@@ -148,7 +147,7 @@ def _labellers(run: RunFiles) -> Section | None:
         return None
     names = ("labeller", "corpus", "passages", "accuracy", "most_confused_with")
     filled = [{name: row.get(name) for name in names} for row in rows]
-    return Section("labellers", "How far labels can be trusted", render("labellers.html.j2", rows=filled))
+    return Section("labellers", "How far labels can be trusted", render("cge/labellers.html.j2", rows=filled))
 
 
 def _how(run: RunFiles, explored: Exploration) -> Section:
@@ -157,7 +156,7 @@ def _how(run: RunFiles, explored: Exploration) -> Section:
         name: finite(explored.config.get(name)) for name in ("alpha", "control", "nothing_below")
     }
     body = render(
-        "how.html.j2",
+        "cge/how.html.j2",
         deviations=[(name, text) if text else ("", name) for name, _, text in deviations],
         told={name: None if value is None else f"{value:g}" for name, value in told.items()},
         level=LEVEL,
@@ -169,4 +168,4 @@ def _texts(run: RunFiles, explored: Exploration) -> Section | None:
     table = tables.text_table(run.table("texts")) if explored.is_new is not False else None
     if table is None:
         return None
-    return Section("texts", "All texts", render("texts.html.j2", table=table))
+    return Section("texts", "All texts", render("cge/texts.html.j2", table=table))
