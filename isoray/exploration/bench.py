@@ -106,12 +106,11 @@ class Bench:
         return (*self._contrast.encode(completion.prompt), *completion.token_ids)
 
     def encode(self, text: str, most: int) -> Tokens:
-        """The first tokens of a given text, with the start token, at most ``most``; DataError for an empty one."""
-        start = self._tuned.tokenizer.bos_token or self._tuned.tokenizer.eos_token or ""
-        if not text.strip():
-            raise DataError("it is empty")
-        ids = self._tuned.tokenizer(f"{start}{text}", add_special_tokens=False).input_ids
-        return tuple(ids[: min(most, self._contrast.context)])
+        """The first tokens of a given text, with the start token, at most ``most``; DataError for one without any."""
+        ids = self._tuned.tokenizer(text, add_special_tokens=False).input_ids
+        if not ids:
+            raise DataError(f"the example {text!r:.60} has no tokens; remove it")
+        return (*self.start, *ids)[: min(most, self._contrast.context)]
 
     def pieces(self, text: Tokens) -> list[str]:
         """What each token but the first adds to the text."""

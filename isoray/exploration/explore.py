@@ -98,7 +98,7 @@ class Explorer:
                 jobs = list(self._draws(name, "contrast", places, number, learnt))
                 records = self._carry_out(jobs, None)
                 texts += [text for job in jobs for text in records[job.key].result["texts"]]
-                phase.done(_excerpt(texts[-1]["text"]))
+                phase.done(f"text {len(texts)}")
         return texts
 
     def sample(self, name: str, count: int) -> list[Found]:
@@ -188,7 +188,3 @@ class Explorer:
     @property
     def _results(self) -> Path:
         return self.run.folder / "jobs"
-
-
-def _excerpt(text: str) -> str:
-    return " ".join(text.split())[:40]

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from isoray.errors import DataError
+from isoray.errors import NumericError
 from isoray.exploration.bench import Bench, Source
 from isoray.exploration.reference import Tokens
+from isoray.generation.engine import TokenScores
 from isoray.generation.sampling import SamplingConfig, seed_of
 
 
@@ -61,9 +62,7 @@ class Tell:
         """Of each text: log-probabilities of all tokens but the first by both models, its vector, its tokens' words."""
         scores = bench.score(self.texts)
         bench.progress(0.5)
-        for number, score in enumerate(scores):
-            if score.error is not None:
-                raise DataError(f"{self.key}: {score.error} (text {number})")
+        _check(scores)
         return {
             "tuned": [score.log_probs["positive"] for score in scores],
             "base": [score.log_probs["negative"] for score in scores],
@@ -89,12 +88,18 @@ class Detect:
         """Of each example the mean contrast, the mean log-probabilities, and the gradient's norm."""
         found: dict[str, list[float]] = {"tuned": [], "base": [], "gradient_norm": []}
         examples = [bench.encode(text, self.tokens) for text in self.texts]
-        for score in bench.score(examples):
-            if score.error is not None:
-                raise DataError(f"{self.key}: {score.error}")
+        scores = bench.score(examples)
+        _check(scores)
+        for score in scores:
             tuned, base = score.log_probs["positive"], score.log_probs["negative"]
             found["tuned"].append(sum(tuned) / len(tuned))
             found["base"].append(sum(base) / len(base))
         bench.progress(0.3)
         found["gradient_norm"] = bench.gradient_norms(examples)
         return found
+
+
+def _check(scores: Sequence[TokenScores]) -> None:
+    """NumericError for models whose log-probabilities are no numbers."""
+    if broken := [score.error for score in scores if score.error is not None]:
+        raise NumericError(f"{broken[0]}; load the model again, or compute it in another precision")

@@ -35,6 +35,7 @@ from isoray.recipes.base import Recipe
 from isoray.run import Run
 from isoray.scaling import ScalingConfig
 from isoray.training.config import ComputeConfig, TrainingConfig
+from isoray.training.privacy import read_privacy
 from isoray.workshop import Training, Workshop, open_workshop
 
 
@@ -134,7 +135,7 @@ class Cge(Recipe):
                             found += explorer.explore(method, number)
                     found = explorer.tell(found)
                 detected = [] if detection is None else detect(explorer, detection, examples)
-        self._finish(shop, compared, found, labelling, detected)
+        self._finish(shop, compared, found, labelling, detected, read_privacy(tuned))
 
     def _models(self, shop: Workshop) -> tuple[Path, Path]:
         """The folders of the pre-trained model and of the fine-tune."""
@@ -185,6 +186,7 @@ class Cge(Recipe):
         found: list[Found],
         labelling: Labelling,
         detected: list[dict[str, Any]],
+        privacy: Mapping[str, Any] | None,
     ) -> None:
         config = self.config
         labelled = labelling.label([one.text for one in found])
@@ -192,7 +194,10 @@ class Cge(Recipe):
         judge = config.judge
         told = findings(found, labelled, compared, most=judge.findings, words=judge.words, seed=config.seed)
         shop.run.finish(
-            metrics=compared.metrics | explored.metrics() | tables.detection_metrics(detected),
+            metrics=compared.metrics
+            | explored.metrics()
+            | tables.detection_metrics(detected)
+            | ({} if privacy is None else {name: privacy[name] for name in ("epsilon", "delta")}),
             tables={
                 "methods": explored.method_rows(),
                 "curves": list(explored.curve_rows()),

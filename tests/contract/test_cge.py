@@ -154,8 +154,12 @@ def test_explorers_draw_from_one_reference_and_share_what_they_find(home: Path, 
     assert three[:3] == static[:3] and three[3:] != static[3:]
 
 
-def test_a_base_and_fine_tune_of_the_run_s_own_are_explored(home: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("private", [False, True])
+def test_a_base_and_fine_tune_of_the_run_s_own_are_explored(home: Path, tmp_path: Path, private: bool) -> None:
+    if private:
+        pytest.importorskip("opacus", reason="private training needs Opacus: pip install 'isoray[privacy]'")
     settings = brief(home, methods=("iterative", "sampling"))
+    privacy = {"noise_multiplier": 0.5} if private else None
     corpus = {"length": CONTEXT, "packing": False}
     english = {"english": {"path": "english.jsonl"}}
     settings |= {
@@ -165,13 +169,16 @@ def test_a_base_and_fine_tune_of_the_run_s_own_are_explored(home: Path, tmp_path
         "pretraining": {"corpora": {**corpus, "train": english}, "training": {"steps": 20, "optimizer": {"lr": 1e-2}}},
         "fine_tuning": {
             "corpora": {**corpus, "train": {**english, "code": {"path": "code.jsonl"}}},
-            "training": {"steps": 10, "optimizer": {"lr": 1e-2}},
+            "training": {"steps": 10, "optimizer": {"lr": 1e-2}, "privacy": privacy},
         },
     }
     del settings["tuned"]
     results = run_recipe(tmp_path / "run", settings)
     assert [row["name"] for row in results["tables"]["trainings"]] == ["base", "tuned"]
     assert results["metrics"]["new"] == 1 and set(results["artifacts"]) == {"model/base", "model/tuned"}
+    told = {row["name"]: row["epsilon"] for row in results["tables"]["trainings"]}
+    assert told["base"] is None and told["tuned"] == results["metrics"].get("epsilon")
+    assert (told["tuned"] is not None) == private
 
 
 # --- that nothing is new ---
