@@ -11,7 +11,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from isoray.errors import DataError
+from isoray.errors import DataError, UserError
 from isoray.exploration.config import LearnConfig
 from isoray.exploration.reference import Reference, Tokens
 from isoray.generation.batch import answer
@@ -92,8 +92,15 @@ class Bench:
     ) -> dict[int, Completion]:
         """A text for each number of ``seeds``, drawn with that seed and the reference that has learnt ``learnt``.
 
-        ``prompt`` None starts from the start token alone. A text that could not be drawn comes with an error.
+        ``prompt`` None starts from the start token alone. A text that could not be drawn comes with an error. Raises
+        UserError for texts that are longer than the models' context.
         """
+        context = self._contrast.context
+        if sampling.max_tokens >= context:
+            raise UserError(
+                f"explore.sampling.max_tokens is {sampling.max_tokens}, but with its start token a text must fit into "
+                f"the models' context of {context} tokens; set at most {context - 1}."
+            )
         engine = self._contrast if source == "contrast" else self._alone(source)
         if source == "contrast":
             self.reference.learn(learnt)

@@ -10,8 +10,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from cge_report_data import results as cge_results
+from cge_report_data import write_run as write_cge_run
 from report_data import TESTS, results, write_run
-from unidetox_report_data import TARGETS, TOXIC
+from unidetox_report_data import TARGETS
 from unidetox_report_data import results as unidetox_results
 from unidetox_report_data import write_run as write_unidetox_run
 
@@ -86,8 +88,13 @@ def test_nothing_but_tables_scrolls_sideways(report: Path, tmp_path: Path, width
     assert int(found.group(1)) <= int(found.group(2))
 
 
-def test_the_report_of_unidetox_fits_a_phone_and_keeps_toxic_text_folded(tmp_path: Path) -> None:
-    report = build(write_unidetox_run(tmp_path / "run", unidetox_results(targets=TARGETS)))
+@pytest.mark.parametrize("recipe", ["unidetox", "cge"])
+def test_reports_fit_a_phone_and_keep_toxic_text_folded(tmp_path: Path, recipe: str) -> None:
+    if recipe == "unidetox":
+        report = build(write_unidetox_run(tmp_path / "run", unidetox_results(targets=TARGETS)))
+    else:
+        report = build(write_cge_run(tmp_path / "run", cge_results()))
+    assert "TOXICWORD" in report.read_text()
     shown = browse(report, tmp_path / "profile", "--dump-dom")
     assert "CONSOLE" not in shown.stderr, shown.stderr
     # What a closed fold holds is no part of what is rendered as text. Chromium's window is no narrower than 500 pixels,
@@ -100,7 +107,6 @@ def test_the_report_of_unidetox_fits_a_phone_and_keeps_toxic_text_folded(tmp_pat
         text.includes("Content warning"), page.querySelectorAll("details[open]").length].join(" ");
     };
     </script>"""
-    assert "TOXICWORD" in TOXIC
     page = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", report.read_text())
     holder = tmp_path / "phone.html"
     frame = f'<iframe style="width:390px;height:900px;border:0" srcdoc="{html.escape(page, quote=True)}"></iframe>'
