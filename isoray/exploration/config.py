@@ -77,7 +77,8 @@ class ExploreConfig(Config):
     """Nothing is new if the divergence of the fine-tune from the pre-trained model on these texts, with its interval,
     is below so many nats a token. (Ours.)"""
     batch: PositiveInt = 16
-    """Texts that a worker draws together, where they do not wait for each other."""
+    """Texts that a worker draws together with beams, where they do not wait for each other; without beams, as many as
+    take as much room."""
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

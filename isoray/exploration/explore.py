@@ -142,12 +142,11 @@ class Explorer:
     def _draws(
         self, name: str, source: Source, places: range, number: int, learnt: tuple[Tokens, ...]
     ) -> Iterator[Draw]:
-        config = self.config
-        sampling = config.sampling
+        config, sampling, together = self.config, self.config.sampling, self.config.batch
         if source != "contrast":
-            sampling = sampling.model_copy(update={"beams": 1})
-        for begin in places[:: config.batch]:
-            numbers = tuple(range(begin, min(begin + config.batch, places.stop)))
+            sampling, together = sampling.model_copy(update={"beams": 1}), together * sampling.beams
+        for begin in places[::together]:
+            numbers = tuple(range(begin, min(begin + together, places.stop)))
             yield Draw(
                 f"{name}-{begin:05d}", source, numbers, seed_of(self.seed, number), sampling, config.prompt, learnt
             )

@@ -237,6 +237,11 @@ def test_a_second_start_computes_nothing(
 # --- bad input ---
 
 
+def test_texts_longer_than_the_context_are_refused(home: Path, tmp_path: Path) -> None:
+    settings = brief(home, sampling={"max_tokens": CONTEXT})
+    assert f"set at most {CONTEXT - 1}" in refused(tmp_path / "run", settings)
+
+
 @pytest.fixture
 def copied(home: Path, tmp_path: Path) -> Path:
     folder = tmp_path / "copied"
