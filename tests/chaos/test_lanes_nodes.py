@@ -151,6 +151,7 @@ def test_a_lost_node_costs_a_lane_and_a_new_node_brings_it_back(nodes: Nodes, tm
     assert sums(records) == undisturbed(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Nodes, tmp_path: Path) -> None:
     _, second = nodes.add(), nodes.add()
     run = Background(tmp_path, start_timeout_s=60)
@@ -167,6 +168,7 @@ def test_a_lost_node_that_nobody_replaces_leaves_fewer_lanes(nodes: Nodes, tmp_p
     assert sums(records) == undisturbed(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_lane_that_spans_two_nodes_and_loses_one_is_rebuilt_as_a_whole(nodes: Nodes, tmp_path: Path) -> None:
     first, _ = nodes.add(), nodes.add()
     run = Background(tmp_path, start_timeout_s=60, lanes=1, workers_per_lane=2)

@@ -91,7 +91,7 @@ def gone(pid: int) -> bool:
         return True
 
 
-@pytest.mark.parametrize(("scaling", "rank"), [(TWO, 0), (PAIR, 0), (PAIR, 1)])
+@pytest.mark.parametrize(("scaling", "rank"), [(TWO, 0), pytest.param(PAIR, 0, marks=pytest.mark.slow), (PAIR, 1)])
 def test_a_killed_worker_s_job_is_done_again_with_the_same_numbers(
     ray: Cluster, tmp_path: Path, undisturbed: dict[str, float], scaling: dict[str, Any], rank: int
 ) -> None:

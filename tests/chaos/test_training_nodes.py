@@ -20,6 +20,7 @@ def alive() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if node["Alive"]}
 
 
+@pytest.mark.slow
 def test_a_lost_node_costs_a_lane_and_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.cluster_utils import Cluster as Raylets
 

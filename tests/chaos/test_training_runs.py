@@ -69,6 +69,7 @@ def test_a_run_that_loses_its_training_worker_and_then_a_lane_is_the_undisturbed
     assert third not in lanes
 
 
+@pytest.mark.slow
 def test_a_run_whose_driver_is_killed_twice_goes_on_where_it_was(tmp_path: Path) -> None:
     """In the training and in the lanes; the third start, which needs no Ray, ends with the undisturbed numbers."""
     gate, out = Gate(tmp_path / "gate"), tmp_path / "run"

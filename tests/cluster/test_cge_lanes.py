@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import yaml
-from cge_runs import config, found_texts, run_recipe, write_world
+from cge_runs import CONTEXT, config, found_texts, run_recipe, write_world
 
 from isoray.cluster import connect
 
@@ -31,9 +31,11 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def settings(home: Path, **explore: Any) -> dict[str, Any]:
-    """Nine texts by three explorers, each text a job of its own, on lanes of one thread."""
+    """24 texts by six explorers, each text a job of its own, on lanes of one thread: enough for both to take part,
+    however long either takes to open."""
     world = config(home)
-    given = {"methods": ["iterative"], "texts": 9, "explorers": 3, "batch": 1, "control": 4}
+    longer = {"sampling": {"max_tokens": CONTEXT - 1}}
+    given = {"methods": ["iterative"], "texts": 24, "explorers": 6, "batch": 1, "control": 4, **longer}
     scaling = {"executor": "ray", "lanes": 2, "cpus_per_worker": 1}
     return world | {
         "explore": world["explore"] | given | explore,
@@ -73,7 +75,7 @@ def test_a_run_that_is_killed_goes_on_with_the_same_texts(home: Path, tmp_path: 
         first.wait()
     assert not (out / "results.json").exists()
     kept = {path.name: path.stat().st_mtime_ns for path in (out / "jobs").glob("*.json")}
-    assert len(kept) < 15, "it had finished"
+    assert len(kept) < 24, "it had finished"
     subprocess.run(command, cwd=TESTS, check=True, timeout=BOUND_S)
     assert all((out / "jobs" / name).stat().st_mtime_ns == when for name, when in kept.items()), "drawn again"
     assert found_texts(read(out), "iterative") == here(home, tmp_path / "here")

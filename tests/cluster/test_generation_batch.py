@@ -81,6 +81,7 @@ def shards_in(out: Path) -> dict[str, tuple[int, int]]:
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_a_killed_run_goes_on_and_answers_each_prompt_once(
     contrast: ContrastConfig, table: Path, tmp_path: Path
 ) -> None:

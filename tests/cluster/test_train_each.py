@@ -120,7 +120,9 @@ def test_side_by_side_gives_the_same_weights(
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize(("harm", "error"), [({"nan": True}, NumericError), ({"bug": True}, KeyError)])
+@pytest.mark.parametrize(
+    ("harm", "error"), [({"nan": True}, NumericError), pytest.param({"bug": True}, KeyError, marks=pytest.mark.slow)]
+)
 def test_the_error_of_one_comes_out_when_the_other_is_done(
     ray: Cluster,
     models: dict[str, Training],
@@ -175,6 +177,7 @@ def test_a_lost_worker_goes_on_from_its_checkpoint(
 
 
 @pytest.mark.chaos
+@pytest.mark.slow
 def test_a_worker_that_always_dies_ends_in_a_named_error(
     ray: Cluster, models: dict[str, Training], tmp_path: Path
 ) -> None:
