@@ -53,7 +53,7 @@ format: $(STAMP)  ## format, and mend what ruff can mend
 	$(BIN)/ruff format .
 
 bench: $(STAMP)  ## the benchmarks, one after the other
-	set -e; for name in data train_step contrast tune untrac; do $(BIN)/python benchmarks/$$name.py; done
+	set -e; for name in data train_step contrast cge tune untrac; do $(BIN)/python benchmarks/$$name.py; done
 
 clean:  ## remove the environment, caches and builds; runs/ stays
 	rm -rf .venv build dist .mypy_cache .ruff_cache .pytest_cache .import_linter_cache

@@ -52,3 +52,11 @@ def test_tune() -> None:
     shown = run("tune.py")
     for side in ("isoray", "isoray, a process each", "raw"):
         assert re.search(rf"^{re.escape(side)} +[\d.]+", shown, re.MULTILINE), f"{side} is not shown"
+
+
+@pytest.mark.timeout(600)
+def test_cge() -> None:
+    shown = run("cge.py")
+    rates = re.findall(r"^(\S+) +([\d.]+) texts a minute", shown, re.MULTILINE)
+    assert len(rates) == 5 and all(float(rate) > 0 for _, rate in rates)
+    assert re.search(r"isoray-iterative is [\d.]+ times as fast as transformers-iterative", shown)
