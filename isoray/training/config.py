@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, model_validator
 
 from isoray.config.base import Config
+from isoray.training.epsilon import Accountant
 from isoray.training.optim import AdamConfig, OptimizerConfig, ScheduleConfig
-from isoray.training.privacy import PrivacyConfig
 
 
 class ComputeConfig(Config):
@@ -41,6 +41,44 @@ class ComputeConfig(Config):
         if self.evaluation_batch_tokens == "auto":
             return 1024 if device == "cpu" else 16384
         return self.evaluation_batch_tokens
+
+
+class PrivacyConfig(Config):
+    """Differentially private training (DP-SGD; Abadi et al., 2016).
+
+    The unit of privacy is one example, and every block counts as one: corpora must be built with `packing: false`.
+    One worker, the objective `lm` with `average: example`, precision fp32.
+    """
+
+    clip_norm: Annotated[float, Field(gt=0)] = 1.0
+    """The gradient of each example is scaled down to at most this norm."""
+    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
+    """Standard deviation of the noise on the sum of a step's gradients, in units of `clip_norm`; give this or
+    `epsilon`."""
+    epsilon: Annotated[float, Field(gt=0)] | None = None
+    """What the whole training may spend, at `delta`: the noise is chosen to stay within 0.01 below it; give this or
+    `noise_multiplier`."""
+    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Probability with which the guarantee may fail; none = 1 / number of examples. Should not be above that."""
+    accountant: Accountant = "rdp"
+    """How epsilon is computed; the training itself is the same. `rdp` (Rényi) is an upper bound that is quick and
+    never fails, hence the default, as every report asks for it. `prv` (Gopi et al., 2021) is a tighter one, most of all
+    for few steps, but takes gigabytes where epsilon is very large: it is refused there. `gdp` is an approximation that
+    can be too small, for comparison with older work only."""
+    clipping: Literal["per_sample", "ghost"] = "per_sample"
+    """How gradients are clipped, with the same result. `per_sample` holds the gradient of every row of a micro-batch
+    at once (suits adapters; bound it by `compute.micro_batch_rows`); `ghost` holds one in all and makes two backward
+    passes (suits full fine-tuning)."""
+    secure: bool = False
+    """Draw batches and noise from the operating system's randomness. Otherwise both hang on the run's seed, so that the
+    training can be repeated and resumed to the last bit; but then the guarantee holds only against those who do not
+    know the seed: where the model is given away, keep a secret one, or set this and give up exact repetition."""
+
+    @model_validator(mode="after")
+    def _one_amount(self) -> Self:
+        if (self.noise_multiplier is None) == (self.epsilon is None):
+            raise ValueError("give exactly one of `noise_multiplier` and `epsilon`, and set the other to null")
+        return self
 
 
 class TrainingConfig(Config):

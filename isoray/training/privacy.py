@@ -14,15 +14,14 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from isoray.config.base import Config, digest_of
+from isoray.config.base import digest_of
 from isoray.corpora.store import Blocks
 from isoray.corpora.stream import PoissonStream, Stream
 from isoray.errors import UserError
@@ -30,54 +29,15 @@ from isoray.models.structure import plain
 from isoray.objectives.base import Objective
 from isoray.objectives.lm import LanguageModelling
 from isoray.objectives.reduce import Batch, label_counts
-from isoray.training.epsilon import Accountant, epsilon_spent, noise_multiplier_for
-
-if TYPE_CHECKING:  # its settings import this module
-    from isoray.training.parallel import Parallel
+from isoray.training.config import PrivacyConfig
+from isoray.training.epsilon import epsilon_spent, noise_multiplier_for
+from isoray.training.parallel import Parallel
 
 FILE = "privacy.json"
 """Beside a model's weights: what they were trained to guarantee."""
 
 UNIT = "one example (block) of the training corpora, added or removed"
 """What two corpora that the guarantee calls neighbours differ in."""
-
-
-class PrivacyConfig(Config):
-    """Differentially private training (DP-SGD; Abadi et al., 2016).
-
-    The unit of privacy is one example, and every block counts as one: corpora must be built with `packing: false`.
-    One worker, the objective `lm` with `average: example`, precision fp32.
-    """
-
-    clip_norm: Annotated[float, Field(gt=0)] = 1.0
-    """The gradient of each example is scaled down to at most this norm."""
-    noise_multiplier: Annotated[float, Field(gt=0)] | None = None
-    """Standard deviation of the noise on the sum of a step's gradients, in units of `clip_norm`; give this or
-    `epsilon`."""
-    epsilon: Annotated[float, Field(gt=0)] | None = None
-    """What the whole training may spend, at `delta`: the noise is chosen to stay within 0.01 below it; give this or
-    `noise_multiplier`."""
-    delta: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Probability with which the guarantee may fail; none = 1 / number of examples. Should not be above that."""
-    accountant: Accountant = "rdp"
-    """How epsilon is computed; the training itself is the same. `rdp` (Rényi) is an upper bound that is quick and
-    never fails, hence the default, as every report asks for it. `prv` (Gopi et al., 2021) is a tighter one, most of all
-    for few steps, but takes gigabytes where epsilon is very large: it is refused there. `gdp` is an approximation that
-    can be too small, for comparison with older work only."""
-    clipping: Literal["per_sample", "ghost"] = "per_sample"
-    """How gradients are clipped, with the same result. `per_sample` holds the gradient of every row of a micro-batch
-    at once (suits adapters; bound it by `compute.micro_batch_rows`); `ghost` holds one in all and makes two backward
-    passes (suits full fine-tuning)."""
-    secure: bool = False
-    """Draw batches and noise from the operating system's randomness. Otherwise both hang on the run's seed, so that the
-    training can be repeated and resumed to the last bit; but then the guarantee holds only against those who do not
-    know the seed: where the model is given away, keep a secret one, or set this and give up exact repetition."""
-
-    @model_validator(mode="after")
-    def _one_amount(self) -> Self:
-        if (self.noise_multiplier is None) == (self.epsilon is None):
-            raise ValueError("give exactly one of `noise_multiplier` and `epsilon`, and set the other to null")
-        return self
 
 
 @dataclass(frozen=True)

@@ -41,12 +41,12 @@ from isoray.models.load import load, prepare
 from isoray.objectives.gradient_ascent import GradientAscent
 from isoray.objectives.lm import LanguageModelling
 from isoray.training import privacy
-from isoray.training.config import ComputeConfig, TrainingConfig
+from isoray.training.config import ComputeConfig, PrivacyConfig, TrainingConfig
 from isoray.training.fit import Fit, read_log
 from isoray.training.loop import Step, train
 from isoray.training.optim import AdamConfig, SgdConfig
 from isoray.training.parallel import Parallel, Ranks
-from isoray.training.privacy import Accounting, PrivacyConfig, read_privacy, system_noise
+from isoray.training.privacy import Accounting, read_privacy, system_noise
 from isoray.training.state import Checkpoints
 
 pytest.importorskip("opacus", reason="private training needs Opacus: pip install 'isoray[privacy]'")
