@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
-from unidetox_runs import numbers, write_model, write_rows
-
-from isoray.config.load import load
-from isoray.recipes.base import Recipe
-from isoray.run import Run
+from unidetox_runs import numbers, run_recipe, write_model, write_rows
 
 __all__ = ["config", "numbers", "run_recipe", "sentence", "text", "write_world"]
 
@@ -106,17 +100,6 @@ def config(home: Path) -> dict[str, Any]:
         },
         "scaling": {"executor": "inprocess", "cpus_per_worker": 1},
     }
-
-
-def run_recipe(out: Path, settings: Mapping[str, Any], *overrides: str) -> dict[str, Any]:
-    """Run ``settings`` in this process; what stands in results.json."""
-    file = out.parent / f"{out.name}.yaml"
-    file.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
-    loaded = load(str(file), overrides)
-    with Run.open(out, loaded.config, recipe="cge") as run:
-        Recipe.build(loaded.config).run(run)  # type: ignore[attr-defined]
-    results: dict[str, Any] = json.loads((out / "results.json").read_text())
-    return results
 
 
 def found_texts(results: Mapping[str, Any], method: str) -> Sequence[str]:

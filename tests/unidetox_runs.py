@@ -188,7 +188,7 @@ def run_recipe(out: Path, settings: Mapping[str, Any], *overrides: str) -> dict[
     file = out.parent / f"{out.name}.yaml"
     file.write_text(yaml.safe_dump(dict(settings), sort_keys=False))
     loaded = load(str(file), overrides)
-    with Run.open(out, loaded.config, recipe="unidetox") as run:
+    with Run.open(out, loaded.config, recipe=str(settings["kind"])) as run:
         Recipe.build(loaded.config).run(run)  # type: ignore[attr-defined]
     results: dict[str, Any] = json.loads((out / "results.json").read_text())
     return results

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any
 
-from isoray.config.base import Component
 from isoray.errors import NumericError, UserError
+from isoray.evaluation.instrument import SHOWN_CHARS, Instrument
 
-SHOWN_CHARS = 60
-"""So much of a text is shown in an error, at most."""
 UNKNOWN = "unknown"
 """The label of texts that a labeller is not sure of, and of blank ones."""
 
@@ -25,25 +23,17 @@ class Label:
     """In [0, 1], as each labeller defines it."""
 
 
-class Labeller(Component, ABC):
+class Labeller(Instrument):
     """A labeller in memory. A context manager: leaving it frees its model.
 
     Made with ``Labeller.build(config)``; asked through :func:`label_texts`, which checks what comes back.
     """
 
-    class Config(Component.Config):
+    class Config(Instrument.Config):
         """What every labeller's config has."""
 
         kind: str
         """Which labeller: `language`, `code`, `toxicity` or `corpus`."""
-
-        def depends_on(self) -> list[Any]:
-            """All that labels depend on, JSON-able: the settings, and in subclasses the content of files."""
-            return [self.model_dump(mode="json")]
-
-        def absolute(self) -> Self:
-            """The same, with local paths that hold in another working folder, too."""
-            return self
 
     config: Config
 
@@ -58,16 +48,6 @@ class Labeller(Component, ABC):
     def held_out(self) -> list[dict[str, Any]]:
         """How well it tells texts that it was not made from: rows, of labellers that are trained when they are made."""
         return []
-
-    def close(self) -> None:
-        """Free the model."""
-        return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def label_texts(labeller: Labeller, texts: Sequence[str]) -> list[Label]:

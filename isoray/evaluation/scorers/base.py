@@ -3,41 +3,30 @@
 from __future__ import annotations
 
 import hashlib
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Self
 
 import numpy as np
 
-from isoray.config.base import Component
 from isoray.errors import NumericError, UserError
+from isoray.evaluation.instrument import SHOWN_CHARS, Instrument
 
-SHOWN_CHARS = 60
-"""So much of a text is shown in an error, at most."""
 MODEL_FILES = ("*.json", "*.safetensors", "*.model", "*.txt", "*.jinja")
 """What a model folder's results depend on: configs, weights, tokenizer."""
 
 
-class Scorer(Component, ABC):
+class Scorer(Instrument):
     """A toxicity scorer in memory. A context manager: leaving it frees its model.
 
     Made with ``Scorer.build(config)``; asked through :func:`score_texts`, which checks what comes back.
     """
 
-    class Config(Component.Config):
+    class Config(Instrument.Config):
         """What every scorer's config has."""
 
         kind: str
         """Which scorer: `profanity`, `classifier` or `detoxify`."""
-
-        def depends_on(self) -> list[Any]:
-            """All that scores depend on, JSON-able: the settings, and in subclasses the content of models' files."""
-            return [self.model_dump(mode="json")]
-
-        def absolute(self) -> Self:
-            """The same, with local paths that hold in another working folder, too."""
-            return self
 
     config: Config
 
@@ -47,16 +36,6 @@ class Scorer(Component, ABC):
 
         A text's score does not depend on the texts beside it, but for rounding.
         """
-
-    def close(self) -> None:
-        """Free the model."""
-        return
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 def score_texts(scorer: Scorer, texts: Sequence[str]) -> np.ndarray:
