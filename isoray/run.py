@@ -215,9 +215,13 @@ class Run:
         return None
 
     def is_done(self, name: str, inputs: object) -> bool:
-        """Whether :meth:`step` would skip the work."""
-        marker = read_step(self.step_folder(name))
-        return marker is not None and marker["inputs"] == digest_of([to_json(inputs), __version__])
+        """Whether :meth:`step` would skip the work; a step that another run has finished is taken over at once."""
+        digest, done = digest_of([to_json(inputs), __version__]), self.step_folder(name)
+        marker = read_step(done)
+        if marker is not None and marker["inputs"] == digest:
+            return True
+        with storage_errors(done):
+            return self._take_over(name, digest) is not None
 
     def phase(self, name: str, *, jobs: int) -> Phase:
         """Show the progress of a phase: ``with run.phase("leave-one-out", jobs=9) as phase: phase.done("a")``."""

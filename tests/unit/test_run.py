@@ -243,6 +243,7 @@ def test_a_finished_step_of_another_run_is_taken_over(tmp_path: Path) -> None:
         run.step("prepare", 1, weighty)
     with reusing(tmp_path / "b", tmp_path / "absent", tmp_path / "b", tmp_path / "a") as run:
         assert run.step("prepare", 2, lambda _: "own") == "own", "other inputs"
+        assert run.is_done("prepare", 1) and not run.is_done("prepare", 3)
         assert run.step("prepare", 1, pytest.fail) == "first"
         ours, theirs = run.step_folder("prepare"), tmp_path / "a/steps/prepare"
         assert read_step(ours) == read_step(theirs)
